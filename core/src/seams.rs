@@ -1,0 +1,132 @@
+//! The seams: what the engine asks of an operating system, as traits that a shim (or a simulation) implements.
+//!
+//! Nothing here decides anything; the order in which the calls are made is [`Snapshot`](crate::Snapshot)'s.
+
+use core::fmt;
+
+use crate::units::{BlockIndex, HostAddr, HostRange};
+
+/// A system call that failed: which, on what, with which error number.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+pub struct OsError {
+    /// The operation, as its manual page calls it (`"UFFDIO_WRITEPROTECT"`).
+    pub op: &'static str,
+    /// The system's error number, positive; 0 where the system gave none.
+    pub errno: i32,
+    /// The memory it was about, if any.
+    pub range: Option<HostRange>,
+}
+
+impl OsError {
+    /// `op` failed with `errno`.
+    #[must_use]
+    pub const fn new(op: &'static str, errno: i32) -> Self {
+        Self { op, errno, range: None }
+    }
+
+    /// The same error, about `range`.
+    #[must_use]
+    pub const fn on(self, range: HostRange) -> Self {
+        Self { range: Some(range), ..self }
+    }
+}
+
+impl fmt::Display for OsError {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        write!(f, "{} failed", self.op)?;
+        if let Some(range) = self.range {
+            write!(f, " on {range}")?;
+        }
+        write!(f, ": error {}", self.errno)
+    }
+}
+
+impl core::error::Error for OsError {}
+
+/// Something the tracker saw.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+pub enum Event {
+    /// A writer is blocked on a protected page.
+    WriteFault {
+        /// Address of the write (or of its page).
+        at: HostAddr,
+    },
+    /// A thread is blocked on a page that is not there (lazy restore).
+    MissingFault {
+        /// Address of the access (or of its page).
+        at: HostAddr,
+    },
+    /// The content of a range is being discarded (`MADV_DONTNEED`, `MADV_REMOVE`). It cannot be held back any more.
+    Discarded(HostRange),
+    /// A range is being unmapped or moved away.
+    Unmapped(HostRange),
+}
+
+/// Whether the kernel did what it was asked.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+pub enum Done {
+    /// It did.
+    Yes,
+    /// Not now (EAGAIN: the mappings are being changed): read the events, then ask again.
+    Again,
+}
+
+/// Write tracking of guest RAM: one userfaultfd context, or something that behaves like one.
+///
+/// All methods may be called from any thread; one thread at a time reads [`next_events`](Self::next_events).
+pub trait WriteTracker: Send + Sync {
+    /// Calls `each` for every range of `block`'s used part that may hold something other than zeros, ascending,
+    /// multiples of the host page size. Memory never touched is not among them and will not be protected.
+    ///
+    /// # Errors
+    /// What the system answered.
+    fn populated(&self, block: BlockIndex, each: &mut dyn FnMut(HostRange)) -> Result<(), OsError>;
+
+    /// Write-protects `range`: from its return on, every write there blocks and is reported. `Again` is handled
+    /// inside.
+    ///
+    /// # Errors
+    /// What the system answered; part of the range may be protected then.
+    fn protect(&self, range: HostRange) -> Result<(), OsError>;
+
+    /// Lifts the protection of `range` and wakes every writer blocked there. Ranges that are not protected are fine.
+    ///
+    /// # Errors
+    /// What the system answered.
+    fn release(&self, range: HostRange) -> Result<Done, OsError>;
+
+    /// Waits for events and puts as many as there are and fit into `events`; returns how many. Returns early (0) after
+    /// [`interrupt`](Self::interrupt) or when `timeout_ms` passes (`None`: never).
+    ///
+    /// # Errors
+    /// What the system answered. The descriptor is of no more use then.
+    fn next_events(&self, events: &mut [Event], timeout_ms: Option<u32>) -> Result<usize, OsError>;
+
+    /// Makes the running or the next call of [`next_events`](Self::next_events) return.
+    fn interrupt(&self);
+
+    /// Lifts every protection, unregisters every block, wakes everybody. After it no thread is blocked by this tracker
+    /// and nothing is left registered. May be called more than once.
+    ///
+    /// # Errors
+    /// The first error met; the rest is disarmed all the same.
+    fn disarm(&self) -> Result<(), OsError>;
+}
+
+/// A way to read guest RAM: a pointer in this process, a second mapping, another process's memory.
+pub trait RamSource: Send + Sync {
+    /// Copies `into.len()` bytes from host address `from`.
+    ///
+    /// # Errors
+    /// What the system answered, or `EFAULT` (14) for a range that is not in one RAM block.
+    fn read(&self, from: HostAddr, into: &mut [u8]) -> Result<(), OsError>;
+}
+
+/// A way to fill guest RAM that no vCPU runs on yet.
+pub trait RamTarget: Send + Sync {
+    /// Hands `len` bytes of guest RAM at `at` to `fill`.
+    ///
+    /// # Errors
+    /// `EFAULT` (14) for a range that is not in one RAM block; otherwise whatever `fill` does is the caller's.
+    fn with_mut(&self, at: HostAddr, len: usize, fill: &mut dyn FnMut(&mut [u8])) -> Result<(), OsError>;
+}

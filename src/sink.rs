@@ -1,0 +1,74 @@
+//! Where an image goes: a file, or anything else that takes pages in any order and commits at the end.
+
+use ramshot_core::PageId;
+
+/// What is known of one captured page: zero, or data with its CRC-32C.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+pub enum PageDigest {
+    /// All bytes are zero: nothing to store.
+    Zero,
+    /// Something else; the CRC-32C (Castagnoli) of its 4096 bytes.
+    Data(u32),
+}
+
+/// Captured bytes of consecutive pages, as they lie in one pool slot.
+#[derive(Clone, Copy, Debug)]
+pub struct Piece<'a> {
+    /// First page.
+    pub first: PageId,
+    /// The bytes: `digests.len()` pages. Aligned to 4096 in memory, so they can be written directly.
+    pub bytes: &'a [u8],
+    /// One digest a page.
+    pub digests: &'a [PageDigest],
+}
+
+/// What is committed besides the pages.
+#[derive(Clone, Debug, Default)]
+pub struct ImageMeta {
+    /// The embedder's device state, opaque to us.
+    pub device_state: Vec<u8>,
+    /// Statistics of the run, as key and number, kept in the trailer.
+    pub statistics: Vec<(String, u64)>,
+}
+
+/// Receives the pages of one image. Shared by the writer threads.
+///
+/// # Contract
+/// Every page of the layout that is never given to [`write`](Self::write) is zero. No page is given twice.
+/// Exactly one of [`commit`](Self::commit) and [`abort`](Self::abort) ends it; dropping it is aborting.
+pub trait ImageSink: Send + Sync {
+    /// Takes pages; may block on I/O, is never called between claim and release.
+    ///
+    /// # Errors
+    /// The snapshot ends with the first error.
+    fn write(&self, pieces: &[Piece<'_>]) -> Result<(), SinkError>;
+
+    /// Makes the image durable, then visible. Returns its size in bytes.
+    ///
+    /// # Errors
+    /// If it fails there is no image, and what was there before still is.
+    fn commit(self: Box<Self>, meta: &ImageMeta) -> Result<Committed, SinkError>;
+
+    /// Removes everything written.
+    fn abort(self: Box<Self>);
+}
+
+/// A committed image.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+pub struct Committed {
+    /// Apparent size in bytes.
+    pub image_bytes: u64,
+    /// Bytes that were written (pages and trailer; zero pages cost none).
+    pub written_bytes: u64,
+}
+
+/// Why an image could not be written: a sentence, with the cause.
+#[derive(Debug, thiserror::Error)]
+#[error("{what}")]
+pub struct SinkError {
+    /// What failed, on which thing.
+    pub what: String,
+    /// The system's word for it.
+    #[source]
+    pub source: std::io::Error,
+}
