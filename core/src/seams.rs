@@ -7,7 +7,7 @@ use core::fmt;
 use crate::units::{BlockIndex, HostAddr, HostRange};
 
 /// A system call that failed: which, on what, with which error number.
-#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+#[derive(Clone, Copy, PartialEq, Eq, Hash, Debug)]
 pub struct OsError {
     /// The operation, as its manual page calls it (`"UFFDIO_WRITEPROTECT"`).
     pub op: &'static str,
