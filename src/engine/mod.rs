@@ -1,0 +1,467 @@
+//! The engine: threads, pool and sink around core's decisions, as typestates around T0:
+//! [`prepare_with`] → [`Prepared`] → [`Prepared::begin`] → [`Live`] → [`Live::finish`].
+
+mod pool;
+mod shared;
+mod threads;
+
+use std::time::{Duration, Instant};
+
+use ramshot_core::{
+    BlockTable, Cause, Discard, GuestAddr, HostRange, Limits, Next, OsError, PAGE_SIZE, PageBitmap, RamSource,
+    SetupError, Snapshot, Treatment, Worker, WriteTracker,
+};
+
+use self::shared::{Core, Phase, Shared};
+use crate::options::{OptionError, Options};
+use crate::report::{Progress, Report};
+use crate::sink::{ImageMeta, ImageSink, SinkError};
+use crate::sync::{Arc, thread};
+
+/// What the engine works with. The `prepare` function puts these together for this process and a file; embedders with a
+/// memory or a target of their own do it by hand.
+pub struct Parts {
+    /// Tracks writes to the blocks of `table`. Registered, nothing protected yet. It has one reader: the engine.
+    pub tracker: Arc<dyn WriteTracker>,
+    /// Reads guest RAM by host address.
+    pub ram: Arc<dyn RamSource>,
+    /// What guest RAM consists of.
+    pub table: Arc<BlockTable>,
+    /// Where the image goes.
+    pub sink: Box<dyn ImageSink>,
+}
+
+/// Why a snapshot could not be prepared. The VM was not touched.
+#[derive(Debug, thiserror::Error)]
+#[non_exhaustive]
+pub enum SetupFailed {
+    /// A setting is out of its range.
+    #[error(transparent)]
+    Option(#[from] OptionError),
+    /// The pool does not fit this RAM.
+    #[error("the pool of {pool_bytes} bytes (option pool_bytes) does not fit this RAM: {source}")]
+    Pool {
+        /// The option's value.
+        pool_bytes: u64,
+        /// What is wrong.
+        source: SetupError,
+    },
+    /// A thread could not be started.
+    #[error("a snapshot thread could not be started")]
+    Thread(#[source] std::io::Error),
+}
+
+/// Why there is no image. The guest runs on unharmed, nothing is protected or registered any more, and what was at the
+/// target before is still there.
+#[derive(Debug, thiserror::Error)]
+#[non_exhaustive]
+pub enum SnapshotFailed {
+    /// It ended before every page was in the image.
+    #[error("no snapshot: {cause}")]
+    Ended {
+        /// The first thing that went wrong.
+        cause: Cause,
+        /// If it was the image: what exactly.
+        #[source]
+        sink: Option<SinkError>,
+    },
+    /// Every page was captured and written, but the image could not be committed.
+    #[error("no snapshot: the image could not be committed")]
+    Commit(#[source] SinkError),
+}
+
+/// Which pages a snapshot consists of.
+#[derive(Clone, Copy, PartialEq, Eq, Debug, Default)]
+#[non_exhaustive]
+pub enum Pending {
+    /// All of RAM: a full snapshot. Memory that was never touched is zero and costs nothing.
+    #[default]
+    All,
+}
+
+/// Everything that can fail or wait is done: threads run, the pool is there, the target is open. Nothing is protected.
+///
+/// Dropping it undoes all that.
+#[must_use = "a prepared snapshot that is dropped is undone"]
+pub struct Prepared {
+    running: Running,
+    words: Vec<u64>,
+    slot_words: Vec<u64>,
+    slots: u16,
+    limits: Limits,
+}
+
+/// A snapshot under way. T0 has passed: the VM may run.
+///
+/// Dropping it cancels it.
+#[must_use = "a live snapshot that is dropped is cancelled"]
+pub struct Live {
+    running: Running,
+    begun: Instant,
+    begin: Duration,
+    arm: Duration,
+    device_state: Vec<u8>,
+}
+
+/// A handle on a live snapshot for other threads of the VMM: progress, cancel, discards.
+#[derive(Clone)]
+pub struct Handle {
+    shared: Arc<Shared>,
+}
+
+/// Starts the threads and allocates the pool. See [`Parts`].
+///
+/// # Errors
+/// A setting out of range, a pool that cannot hold a host page, a thread that cannot be started.
+pub fn prepare_with(parts: Parts, options: &Options) -> Result<Prepared, SetupFailed> {
+    options.check()?;
+    let Parts { tracker, ram, table, sink } = parts;
+    let host_page = table.blocks().iter().map(|b| b.page_size).max().unwrap_or(PAGE_SIZE);
+    let (slot_pages, slots) = options.slots(host_page);
+    let limits = Limits {
+        slot_pages,
+        reserve_slots: u64::from(slots) / 4,
+        around_min: options.around_min / PAGE_SIZE,
+        around_max: options.around_max / PAGE_SIZE,
+        when_full: options.when_full,
+        ..Limits::default()
+    };
+    let words = zeroed(PageBitmap::<Vec<u64>>::words_for(table.pages()));
+    let slot_words = zeroed(PageBitmap::<Vec<u64>>::words_for(u64::from(slots)));
+    // Whatever `begin` could refuse is refused now, while the VM runs.
+    try_core(&table, slots, slot_words.clone(), limits)
+        .map_err(|source| SetupFailed::Pool { pool_bytes: options.pool_bytes, source })?;
+
+    let shared = Arc::new(Shared::new(tracker, ram, table, slots, slot_pages));
+    let mut running = Running { shared: Arc::clone(&shared), threads: Vec::new(), sink: Some(Arc::new(sink)) };
+    running.spawn("ramshot-faults", |shared, _| threads::serve_faults(shared))?;
+    for _ in 0..options.workers {
+        running.spawn("ramshot-scan", |shared, _| threads::scan(shared))?;
+    }
+    for _ in 0..options.writers {
+        running.spawn("ramshot-write", threads::write)?;
+    }
+    log::debug!(target: "ramshot::snapshot", "prepared: {slots} slots of {slot_pages} pages");
+    Ok(Prepared { running, words, slot_words, slots, limits })
+}
+
+/// Checks that a core can be made of this.
+fn try_core(table: &Arc<BlockTable>, slots: u16, slot_words: Vec<u64>, limits: Limits) -> Result<(), SetupError> {
+    let words = zeroed(PageBitmap::<Vec<u64>>::words_for(table.pages()));
+    let pending = PageBitmap::new(words, table.pages(), true).ok_or(SetupError::PoolStorage { slots })?;
+    Core::new(Arc::clone(table), pending, slots, slot_words, limits).map(drop)
+}
+
+/// Zeroed words that cost nothing until they are touched.
+fn zeroed(words: u64) -> Vec<u64> {
+    vec![0; usize::try_from(words).unwrap_or(usize::MAX)]
+}
+
+impl Prepared {
+    /// T0: finds and protects the pages. Call it while every vCPU and every other writer of guest RAM is stopped; when
+    /// it returns, with or without error, the VM may run, from any thread.
+    ///
+    /// `device_state` goes into the image as it is.
+    ///
+    /// # Errors
+    /// Memory could not be protected. Everything is undone.
+    pub fn begin(self, pending: Pending, device_state: Vec<u8>) -> Result<Live, SnapshotFailed> {
+        let begun = Instant::now();
+        let Pending::All = pending;
+        let Self { running, words, slot_words, slots, limits } = self;
+        let shared = Arc::clone(&running.shared);
+        shared.lock().phase = Phase::Arming;
+        let armed = arm(&shared, words).and_then(|pending| {
+            Snapshot::new(Arc::clone(&shared.table), pending, slots, slot_words, limits)
+                // Unreachable: prepare has tried the same.
+                .map_err(|_| Cause::Arm(OsError::new("setting up core", 0)))
+        });
+        let core = match armed {
+            Ok(core) => core,
+            Err(cause) => {
+                shared.end(cause);
+                return Err(running.fail());
+            }
+        };
+        let arm = begun.elapsed();
+        {
+            let mut state = shared.lock();
+            state.core = Some(core);
+            state.phase = Phase::Live;
+        }
+        let live = Live { running, begun, begin: Duration::ZERO, arm, device_state };
+        shared.capture_in_pause();
+        if shared.lock().cause().is_some() {
+            return Err(live.running.fail());
+        }
+        shared.wake_all();
+        let begin = begun.elapsed();
+        log::debug!(target: "ramshot::snapshot", "T0: armed in {arm:?}, begin took {begin:?}");
+        Ok(Live { begin, ..live })
+    }
+}
+
+/// Protects what is there and makes it pending.
+fn arm(shared: &Shared, words: Vec<u64>) -> Result<PageBitmap<Vec<u64>>, Cause> {
+    let table = &shared.table;
+    let mut pending = PageBitmap::new(words, table.pages(), true)
+        .ok_or(Cause::Arm(OsError::new("setting up the bitmap", 0)))?;
+    let mut ranges: Vec<HostRange> = Vec::new();
+    for (index, block) in table.iter() {
+        if block.treatment == Treatment::Ignored {
+            continue;
+        }
+        ranges.clear();
+        shared.tracker.populated(index, &mut |range| ranges.push(range)).map_err(Cause::Arm)?;
+        for &range in &ranges {
+            if block.treatment == Treatment::Tracked {
+                shared.tracker.protect(range).map_err(Cause::Arm)?;
+            }
+            table.runs_in(range).for_each(|run| pending.insert(run));
+        }
+        log::trace!(
+            target: "ramshot::snapshot",
+            "armed {}: page size {}, host {}, {} ranges", block.name, block.page_size, block.mapping(), ranges.len()
+        );
+    }
+    Ok(pending)
+}
+
+impl Shared {
+    /// Captures the blocks that are written without a fault we see, on the thread that holds the VM stopped.
+    fn capture_in_pause(&self) {
+        loop {
+            let mut state = self.lock();
+            match self.next_claim(&mut state, Worker::Pause) {
+                (Next::Claim(claim), buffers) => {
+                    drop(state);
+                    if let Some(job) = self.serve(claim, buffers) {
+                        let mut state = self.lock();
+                        state.undigested.push_back(job);
+                        self.work_changed(&state);
+                    }
+                }
+                (Next::Full, _) => drop(self.wait_for_work(state)),
+                (Next::Idle | Next::Done | Next::Ended, _) => return,
+            }
+        }
+    }
+}
+
+impl Live {
+    /// How far it is.
+    #[must_use]
+    pub fn progress(&self) -> Progress {
+        self.handle().progress()
+    }
+
+    /// A handle for other threads.
+    #[must_use]
+    pub fn handle(&self) -> Handle {
+        Handle { shared: Arc::clone(&self.running.shared) }
+    }
+
+    /// Ends it without an image; returns at once, the guest is free within a moment. `finish` then says `Cancelled`.
+    pub fn cancel(&self) {
+        self.handle().cancel();
+    }
+
+    /// See [`Handle::before_discard`].
+    ///
+    /// # Errors
+    /// As there.
+    pub fn before_discard(&self, range: HostRange) -> Result<(), Cause> {
+        self.handle().before_discard(range)
+    }
+
+    /// Waits until every page is captured and written, and commits the image.
+    ///
+    /// # Errors
+    /// There is no image, for the reason given, and nothing is left behind.
+    pub fn finish(self) -> Result<Report, SnapshotFailed> {
+        let Self { mut running, begun, begin, arm, device_state } = self;
+        let shared = Arc::clone(&running.shared);
+        let mut state = shared.lock();
+        while !state.is_written() && state.cause().is_none() {
+            state = shared.wait_for_end(state);
+        }
+        drop(state);
+        running.stop();
+        let state = shared.lock();
+        if state.cause().is_some() {
+            drop(state);
+            return Err(running.fail());
+        }
+        let counts = state.core.as_ref().map(|core| *core.counts()).unwrap_or_default();
+        let capture = state.captured_at.map_or(Duration::ZERO, |at| at.duration_since(begun));
+        let (pages_zero, foreign_faults, fault_service) =
+            (state.pages_zero, state.foreign_faults, state.service.clone());
+        drop(state);
+        let statistics = [
+            ("arm_ns", nanos(arm)),
+            ("capture_ns", nanos(capture)),
+            ("pages_captured", counts.released),
+            ("pages_by_fault", counts.by_fault),
+            ("write_faults", counts.faults),
+        ];
+        let meta = ImageMeta {
+            device_state,
+            statistics: statistics.into_iter().map(|(key, value)| (key.to_owned(), value)).collect(),
+        };
+        let Some(sink) = running.take_sink() else {
+            return Err(running.fail());
+        };
+        let image = sink.commit(&meta).map_err(SnapshotFailed::Commit)?;
+        log::debug!(target: "ramshot::snapshot", "committed {} bytes", image.image_bytes);
+        Ok(Report {
+            begin,
+            arm,
+            capture,
+            total: begun.elapsed(),
+            counts,
+            pages_zero,
+            image,
+            fault_service,
+            foreign_faults,
+        })
+    }
+}
+
+fn nanos(duration: Duration) -> u64 {
+    u64::try_from(duration.as_nanos()).unwrap_or(u64::MAX)
+}
+
+impl Handle {
+    /// How far it is.
+    #[must_use]
+    pub fn progress(&self) -> Progress {
+        let state = self.shared.lock();
+        let counts = state.core.as_ref().map(|core| *core.counts()).unwrap_or_default();
+        Progress {
+            pages_total: counts.total,
+            pages_captured: counts.released,
+            pages_by_fault: counts.by_fault,
+            write_faults: counts.faults,
+            captured: state.is_captured(),
+            ended: state.cause().is_some(),
+        }
+    }
+
+    /// Ends the snapshot without an image; returns at once.
+    pub fn cancel(&self) {
+        let over = self.shared.lock().is_written();
+        if !over {
+            self.shared.end(Cause::Cancelled);
+        }
+    }
+
+    /// To be called before the VMM discards guest RAM (balloon, virtio-mem): captures what is pending of `range` and
+    /// returns when the discard is safe. Costs nothing for pages captured already.
+    ///
+    /// # Errors
+    /// The snapshot has ended; the discard is safe all the same.
+    pub fn before_discard(&self, range: HostRange) -> Result<(), Cause> {
+        let shared = &self.shared;
+        for run in shared.table.runs_in(range) {
+            loop {
+                let mut state = shared.lock();
+                if let Some(cause) = state.cause() {
+                    return Err(cause);
+                }
+                let Some(core) = &mut state.core else { break };
+                match core.claim_for_discard(run) {
+                    Discard::Clear => break,
+                    Discard::Wait => drop(shared.wait_for_work(state)),
+                    Discard::Claim(claim) => {
+                        let buffers = state.pool.take(&claim);
+                        drop(state);
+                        if let Some(job) = shared.serve(claim, buffers) {
+                            let mut state = shared.lock();
+                            state.undigested.push_back(job);
+                            shared.work_changed(&state);
+                        }
+                    }
+                }
+            }
+        }
+        Ok(())
+    }
+
+    /// As [`before_discard`](Self::before_discard), by guest-physical address.
+    ///
+    /// # Errors
+    /// As there.
+    pub fn before_discard_guest(&self, at: GuestAddr, len: u64) -> Result<(), Cause> {
+        for block in self.shared.table.blocks() {
+            let from = at.0.max(block.guest.0);
+            let to = at.0.saturating_add(len).min(block.guest.0 + block.used);
+            if from < to {
+                let host = ramshot_core::HostAddr(block.host.0 + (from - block.guest.0));
+                self.before_discard(HostRange::new(host, to - from))?;
+            }
+        }
+        Ok(())
+    }
+}
+
+/// The threads and the sink; dropping it ends the snapshot, whatever state it is in.
+struct Running {
+    shared: Arc<Shared>,
+    threads: Vec<thread::JoinHandle<()>>,
+    sink: Option<Arc<Box<dyn ImageSink>>>,
+}
+
+impl Running {
+    fn spawn(
+        &mut self,
+        name: &str,
+        body: impl FnOnce(&Shared, &Arc<Box<dyn ImageSink>>) + Send + 'static,
+    ) -> Result<(), SetupFailed> {
+        let shared = Arc::clone(&self.shared);
+        let Some(sink) = self.sink.clone() else { return Ok(()) };
+        let thread = thread::Builder::new()
+            .name(name.to_owned())
+            .spawn(move || body(&shared, &sink))
+            .map_err(SetupFailed::Thread)?;
+        self.threads.push(thread);
+        Ok(())
+    }
+
+    /// Stops and joins the threads, and makes sure that nothing is protected. Does nothing the second time.
+    fn stop(&mut self) {
+        self.shared.lock().stop = true;
+        self.shared.wake_all();
+        for thread in self.threads.drain(..) {
+            // A thread that panicked has ended the snapshot by its watch.
+            let _ = thread.join();
+        }
+        if let Err(error) = self.shared.tracker.disarm() {
+            log::error!(target: "ramshot::snapshot", "disarm: {error}");
+        }
+    }
+
+    /// The sink, once the threads are gone.
+    fn take_sink(&mut self) -> Option<Box<dyn ImageSink>> {
+        Arc::into_inner(self.sink.take()?)
+    }
+
+    /// Stops everything and says why.
+    fn fail(mut self) -> SnapshotFailed {
+        self.stop();
+        let mut state = self.shared.lock();
+        let cause = state.cause().unwrap_or(Cause::ThreadDied);
+        SnapshotFailed::Ended { cause, sink: state.sink_error.take() }
+    }
+}
+
+impl Drop for Running {
+    fn drop(&mut self) {
+        if !self.threads.is_empty() {
+            self.shared.end(Cause::Cancelled);
+        }
+        self.stop();
+        if let Some(sink) = self.take_sink() {
+            sink.abort();
+        }
+    }
+}

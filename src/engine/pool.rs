@@ -1,0 +1,160 @@
+//! The buffers of the pool. Which are free is core's knowledge; here they are owned values that move from thread to
+//! thread, so no two threads can touch one at a time.
+
+use std::collections::VecDeque;
+
+use heapless::Vec as Array;
+use ramshot_core::{Claim, MAX_SLOTS_PER_CLAIM, PAGE_SIZE, PageId, ReleasedRun, SlotId};
+
+use crate::sink::{PageDigest, Piece};
+
+/// One buffer of the pool.
+#[derive(Debug)]
+pub(crate) struct Slot {
+    storage: Vec<u8>,
+    offset: usize,
+    digests: Vec<PageDigest>,
+}
+
+const PAGE: usize = 4096;
+
+impl Slot {
+    /// A buffer of `pages` pages, aligned to a page (for direct I/O) and touched (so that capturing never faults).
+    fn new(pages: usize) -> Self {
+        let mut storage = vec![0u8; (pages + 1) * PAGE];
+        storage.iter_mut().step_by(PAGE).for_each(|byte| *byte = 1);
+        let offset = storage.as_ptr().align_offset(PAGE);
+        Self { storage, offset, digests: Vec::with_capacity(pages) }
+    }
+
+    /// How many pages it holds.
+    pub(crate) fn capacity(&self) -> u64 {
+        (self.storage.len() / PAGE - 1) as u64
+    }
+
+    /// Its first `pages` pages.
+    fn bytes(&self, pages: u64) -> &[u8] {
+        self.storage.get(self.span(pages)).unwrap_or_default()
+    }
+
+    pub(crate) fn bytes_mut(&mut self, pages: u64) -> &mut [u8] {
+        let span = self.span(pages);
+        self.storage.get_mut(span).unwrap_or_default()
+    }
+
+    fn span(&self, pages: u64) -> std::ops::Range<usize> {
+        let bytes = usize::try_from(pages.min(self.capacity())).unwrap_or(0) * PAGE;
+        self.offset..self.offset + bytes
+    }
+
+    /// Computes the digests of its first `pages` pages. Returns how many are zero.
+    fn digest(&mut self, pages: u64) -> u64 {
+        let span = self.span(pages);
+        let bytes = self.storage.get(span).unwrap_or_default();
+        self.digests.clear();
+        self.digests.extend(bytes.chunks_exact(PAGE).map(digest));
+        self.digests.iter().filter(|d| **d == PageDigest::Zero).count() as u64
+    }
+}
+
+/// The buffers that belong to one run, in order.
+pub(crate) type Buffers = Array<Box<Slot>, MAX_SLOTS_PER_CLAIM>;
+
+/// All buffers, each at home or out with a run.
+#[derive(Debug)]
+pub(crate) struct Pool {
+    slots: Vec<Option<Box<Slot>>>,
+}
+
+impl Pool {
+    /// Allocates and touches `count` buffers of `slot_pages` pages.
+    pub(crate) fn new(count: u16, slot_pages: u64) -> Self {
+        let pages = usize::try_from(slot_pages).unwrap_or(usize::MAX);
+        Self { slots: (0..count).map(|_| Some(Box::new(Slot::new(pages)))).collect() }
+    }
+
+    /// The buffers of `claim`.
+    pub(crate) fn take(&mut self, claim: &Claim) -> Buffers {
+        claim.slots().iter().filter_map(|id| self.slots.get_mut(usize::from(id.0))?.take()).collect()
+    }
+
+    /// Back home.
+    pub(crate) fn put(&mut self, ids: &[SlotId], buffers: Buffers) {
+        for (id, buffer) in ids.iter().zip(buffers) {
+            if let Some(home) = self.slots.get_mut(usize::from(id.0)) {
+                *home = Some(buffer);
+            }
+        }
+    }
+}
+
+/// A captured, released run on its way to the image.
+#[derive(Debug)]
+pub(crate) struct Job {
+    pub(crate) run: ReleasedRun,
+    pub(crate) buffers: Buffers,
+}
+
+impl Job {
+    /// Computes the digests. Returns how many pages are zero.
+    pub(crate) fn digest(&mut self) -> u64 {
+        let mut left = self.run.run().pages;
+        let mut zero = 0;
+        for slot in &mut self.buffers {
+            let pages = slot.capacity().min(left);
+            zero += slot.digest(pages);
+            left -= pages;
+        }
+        zero
+    }
+
+    /// The pieces to write, appended to `pieces`.
+    pub(crate) fn pieces<'a>(&'a self, pieces: &mut Vec<Piece<'a>>) {
+        let mut first = self.run.run().first;
+        for slot in &self.buffers {
+            let pages = slot.digests.len() as u64;
+            pieces.push(Piece { first, bytes: slot.bytes(pages), digests: &slot.digests });
+            first = PageId(first.0 + pages);
+        }
+    }
+}
+
+/// Zero, or the CRC-32C of a page.
+pub(crate) fn digest(page: &[u8]) -> PageDigest {
+    // 64 bytes at a time: the compiler makes vector code of it, and a page of data is left at its first line.
+    let zero = page.chunks_exact(64).all(|line| line.iter().fold(0, |any, &byte| any | byte) == 0);
+    if zero { PageDigest::Zero } else { PageDigest::Data(crc32c::crc32c(page)) }
+}
+
+/// A queue of runs that never grows, so that nothing is allocated while a claim is held.
+pub(crate) fn queue(slots: u16) -> VecDeque<Job> {
+    VecDeque::with_capacity(usize::from(slots))
+}
+
+const _: () = assert!(PAGE as u64 == PAGE_SIZE);
+
+#[cfg(test)]
+#[allow(clippy::unwrap_used)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn slots_are_aligned_for_direct_io() {
+        for pages in [1, 16, 512] {
+            let mut slot = Slot::new(pages);
+            assert_eq!(slot.bytes_mut(pages as u64).len(), pages * PAGE);
+            assert_eq!(slot.bytes_mut(pages as u64).as_ptr().align_offset(PAGE), 0);
+        }
+    }
+
+    #[test]
+    fn a_single_byte_anywhere_makes_a_page_data() {
+        let mut page = vec![0u8; PAGE];
+        assert_eq!(digest(&page), PageDigest::Zero);
+        for at in [0, 1, 63, 64, 2047, 4095] {
+            page[at] = 1;
+            assert_eq!(digest(&page), PageDigest::Data(crc32c::crc32c(&page)), "byte {at}");
+            page[at] = 0;
+        }
+    }
+}
