@@ -1,1 +1,48 @@
-fn main() {}
+//! The tasks of this repository. `cargo xtask` lists them.
+
+mod bench;
+mod cross;
+mod e2e;
+mod image;
+mod setup;
+mod test;
+
+use std::process::ExitCode;
+
+type Outcome = Result<(), Box<dyn std::error::Error>>;
+
+const HELP: &str = "\
+cargo xtask e2e [OPTIONS]    live snapshot of a running guest, verified byte for byte, restored (--help: options)
+cargo xtask test             format, lints, all tests, cross builds, a small e2e matrix: what CI runs
+cargo xtask bench [OPTIONS]  the figures, beside floors measured in the same run (--help: options)
+cargo xtask image [FILE]     builds the guest image and says where it is, or copies it to FILE
+cargo xtask cross            the cross builds alone
+";
+
+fn main() -> ExitCode {
+    let mut args = std::env::args().skip(1);
+    let task = args.next().unwrap_or_default();
+    let rest: Vec<String> = args.collect();
+    let outcome = match task.as_str() {
+        "e2e" => e2e::run(&rest),
+        "test" => test::run(),
+        "bench" => bench::run(&rest),
+        "image" => image::run(rest.first().map(String::as_str)),
+        "cross" => cross::run(),
+        "" | "help" | "--help" | "-h" => {
+            print!("{HELP}");
+            return ExitCode::SUCCESS;
+        }
+        other => {
+            eprintln!("xtask: there is no task {other:?}\n\n{HELP}");
+            return ExitCode::from(2);
+        }
+    };
+    match outcome {
+        Ok(()) => ExitCode::SUCCESS,
+        Err(error) => {
+            eprintln!("xtask {task}: {error}");
+            ExitCode::FAILURE
+        }
+    }
+}

@@ -1,0 +1,85 @@
+//! `cargo xtask test`: everything CI runs, in the order in which it is cheapest to fail.
+
+use std::time::Instant;
+
+use xshell::{Shell, cmd};
+
+use crate::{Outcome, cross, e2e, setup};
+
+/// The oldest compiler that must build this: `rust-version` in Cargo.toml, where the reason stands.
+const MSRV: &str = "1.89";
+
+pub(crate) fn run() -> Outcome {
+    let shell = setup::shell()?;
+    setup::c_compiler(&shell)?;
+    let features = userfaultfd_feature(&shell);
+    step("format", || Ok(cmd!(shell, "cargo fmt --all --check").run()?))?;
+    step("lints", || lints(&shell, features))?;
+    step("tests", || {
+        cmd!(shell, "cargo test --workspace --all-targets --quiet").run()?;
+        Ok(cmd!(shell, "cargo test --workspace --doc --quiet").run()?)
+    })?;
+    step("tests with all features of the Linux shim", || shim_features(&shell, features))?;
+    step("cross builds", cross::run)?;
+    step("oldest compiler", || oldest_compiler(&shell))?;
+    step("end to end", matrix)
+}
+
+fn step(name: &str, body: impl FnOnce() -> Outcome) -> Outcome {
+    println!("\n==== {name}");
+    let start = Instant::now();
+    body().map_err(|error| format!("{name}: {error}"))?;
+    println!("==== {name}: done in {:.0} s", start.elapsed().as_secs_f64());
+    Ok(())
+}
+
+fn userfaultfd_feature(shell: &Shell) -> bool {
+    let there = setup::libclang(shell);
+    if !there {
+        setup::skipped("the feature `userfaultfd`", "libclang is not installed and could not be");
+    }
+    there
+}
+
+fn lints(shell: &Shell, features: bool) -> Outcome {
+    cmd!(shell, "cargo clippy --workspace --all-targets --quiet -- -D warnings").run()?;
+    if features {
+        cmd!(shell, "cargo clippy --package ramshot-linux --package ramshot --all-targets --all-features --quiet -- -D warnings")
+            .run()?;
+    }
+    Ok(cmd!(shell, "cargo doc --workspace --no-deps --quiet").env("RUSTDOCFLAGS", "-D warnings").run()?)
+}
+
+fn shim_features(shell: &Shell, userfaultfd: bool) -> Outcome {
+    let features = if userfaultfd { "vm-memory,userfaultfd" } else { "vm-memory" };
+    Ok(cmd!(shell, "cargo test --package ramshot-linux --features {features} --quiet").run()?)
+}
+
+fn oldest_compiler(shell: &Shell) -> Outcome {
+    if !setup::rust_toolchain(shell, MSRV) {
+        setup::skipped(&format!("build with Rust {MSRV}"), "rustup cannot add that toolchain here");
+        return Ok(());
+    }
+    // A target directory of its own, or the two compilers throw each other's work away.
+    let dir = "target/oldest";
+    Ok(cmd!(shell, "cargo +{MSRV} check --workspace --quiet --locked --target-dir {dir}").run()?)
+}
+
+/// Small, but every accelerator, workload and backing at least once.
+fn matrix() -> Outcome {
+    let cases = [
+        "--mem 256M --vcpus 2 --workload random --backing anon",
+        "--mem 256M --vcpus 1 --workload seq --backing thp",
+        "--mem 256M --vcpus 2 --workload random --backing memfd",
+        "--mem 256M --vcpus 1 --workload random --backing hugetlb",
+        "--mem 128M --vcpus 1 --workload idle --backing anon",
+        "--mem 256M --vcpus 2 --workload random --backing anon --accel threads",
+        "--mem 256M --vcpus 1 --workload seq --backing memfd --accel threads",
+    ];
+    for case in cases {
+        println!("-- e2e {case}");
+        let args: Vec<String> = case.split(' ').map(str::to_owned).chain(["--runs".into(), "2".into()]).collect();
+        e2e::run(&args)?;
+    }
+    Ok(())
+}
