@@ -1,7 +1,19 @@
-//! The synchronisation the engine uses, in one place so that a systematic scheduler can take its part.
+//! The synchronisation the engine uses, in one place so that a systematic scheduler can take its part: under
+//! `--cfg ramshot_shuttle` every lock, condition variable and thread is shuttle's, which decides who runs next.
 
-pub(crate) use std::sync::{Arc, Condvar, Mutex, MutexGuard};
-pub(crate) use std::thread;
+use std::time::Duration;
+
+#[cfg(ramshot_shuttle)]
+pub(crate) use shuttle::{
+    sync::{Condvar, Mutex, MutexGuard},
+    thread,
+};
+pub(crate) use std::sync::Arc;
+#[cfg(not(ramshot_shuttle))]
+pub(crate) use std::{
+    sync::{Condvar, Mutex, MutexGuard},
+    thread,
+};
 
 /// Locks, whether or not a thread died while it held the lock: the state behind is only ever changed by whole steps, and a
 /// thread that dies ends the snapshot.
@@ -12,4 +24,28 @@ pub(crate) fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
 /// Waits, under the same rule as [`lock`].
 pub(crate) fn wait<'a, T>(condvar: &Condvar, guard: MutexGuard<'a, T>) -> MutexGuard<'a, T> {
     condvar.wait(guard).unwrap_or_else(std::sync::PoisonError::into_inner)
+}
+
+/// Waits no longer than `time`; may return early.
+#[cfg(not(ramshot_shuttle))]
+pub(crate) fn wait_for<'a, T>(
+    condvar: &Condvar,
+    _mutex: &Mutex<T>,
+    guard: MutexGuard<'a, T>,
+    time: Duration,
+) -> MutexGuard<'a, T> {
+    condvar.wait_timeout(guard, time).unwrap_or_else(std::sync::PoisonError::into_inner).0
+}
+
+/// Shuttle has no clock: time passes whenever somebody else runs.
+#[cfg(ramshot_shuttle)]
+pub(crate) fn wait_for<'a, T>(
+    _condvar: &Condvar,
+    mutex: &'a Mutex<T>,
+    guard: MutexGuard<'a, T>,
+    _time: Duration,
+) -> MutexGuard<'a, T> {
+    drop(guard);
+    thread::yield_now();
+    lock(mutex)
 }

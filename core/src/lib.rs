@@ -49,6 +49,7 @@ extern crate std;
 mod bitmap;
 mod block;
 mod claim;
+mod outcome;
 mod policy;
 mod pool;
 mod seams;
@@ -60,9 +61,10 @@ mod units;
 pub use bitmap::PageBitmap;
 pub use block::{Backing, BlockName, BlockTable, LayoutError, MAX_BLOCKS, MAX_NAME, RamBlock, Treatment};
 pub use claim::{CapturedRun, Claim, MAX_SLOTS_PER_CLAIM, Origin, ReleasedRun, SlotId, SlotList};
+pub use outcome::{
+    Cause, Counts, Discard, FaultOutcome, Next, PageSearchStatus, RequestOutcome, SetupError, Worker,
+};
 pub use policy::{Limits, WhenFull};
 pub use seams::{Done, Event, OsError, RamSource, RamTarget, WriteTracker};
-pub use snapshot::{
-    Cause, Counts, Discard, FaultOutcome, Next, PageSearchStatus, RequestOutcome, SetupError, Snapshot, Worker,
-};
+pub use snapshot::Snapshot;
 pub use units::{BlockIndex, GuestAddr, HostAddr, HostRange, PAGE_SIZE, PageId, Run};

@@ -26,15 +26,24 @@ impl<W: AsRef<[u64]> + AsMut<[u64]>> SlotPool<W> {
         Some(Self { free, slot_pages, reserve })
     }
 
-    /// How many pages a claim may have now.
-    pub(crate) fn room(&self, budget: Budget) -> u64 {
-        let free = match budget {
-            // A pool with nothing in it is the scan's too: a host page may need more than what the reserve leaves.
-            Budget::Scan if self.all_free() => self.free.count(),
-            Budget::Scan => self.free.count().saturating_sub(self.reserve),
-            Budget::Urgent => self.free.count(),
+    /// How many pages a claim may have now, in whole host pages of `unit` pages.
+    pub(crate) fn room(&self, budget: Budget, unit: u64) -> u64 {
+        let free = self.free.count();
+        let slots = match budget {
+            Budget::Scan => free.saturating_sub(self.reserve),
+            Budget::Urgent => free,
         };
-        free.min(crate::claim::MAX_SLOTS_PER_CLAIM as u64) * self.slot_pages
+        let room = self.pages_in(slots) / unit * unit;
+        if room == 0 && budget == Budget::Scan && self.all_free() {
+            // A host page that never fits beside the reserve may have the empty pool, or the scan would stop there.
+            return (self.pages_in(free) / unit * unit).min(unit);
+        }
+        room
+    }
+
+    /// How many pages `slots` slots hold, as far as one claim can have them.
+    fn pages_in(&self, slots: u64) -> u64 {
+        slots.min(crate::claim::MAX_SLOTS_PER_CLAIM as u64).saturating_mul(self.slot_pages)
     }
 
     /// Takes slots for `pages` pages, lowest first: those were used last and are still in the cache.
@@ -64,6 +73,16 @@ impl<W: AsRef<[u64]> + AsMut<[u64]>> SlotPool<W> {
 
     pub(crate) fn all_free(&self) -> bool {
         self.free.count() == self.free.pages()
+    }
+
+    #[cfg(test)]
+    pub(crate) fn slots(&self) -> u64 {
+        self.free.pages()
+    }
+
+    #[cfg(test)]
+    pub(crate) fn is_full(&self) -> bool {
+        self.free.count() == 0
     }
 
     pub(crate) fn in_use(&self) -> u64 {

@@ -96,7 +96,11 @@ pub trait WriteTracker: Send + Sync {
     fn release(&self, range: HostRange) -> Result<Done, OsError>;
 
     /// Waits for events and puts as many as there are and fit into `events`; returns how many. Returns early (0) after
-    /// [`interrupt`](Self::interrupt) or when `timeout_ms` passes (`None`: never).
+    /// [`interrupt`](Self::interrupt) or when `timeout_ms` passes (`None`: never). With no room in `events` it only
+    /// waits until there is something to read.
+    ///
+    /// Reading a discard lets it go on. So wait outside the lock that guards the snapshot, but read (with a timeout of 0)
+    /// and hand in under it: otherwise a run may be captured in between, with the discard's zeros in it.
     ///
     /// # Errors
     /// What the system answered. The descriptor is of no more use then.

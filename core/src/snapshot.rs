@@ -1,6 +1,5 @@
 //! The state of one snapshot: what is pending, what is claimed, who waits, where the scan stands.
 
-use core::fmt;
 use core::ops::Deref;
 
 use heapless::{Deque, Vec};
@@ -8,197 +7,16 @@ use heapless::{Deque, Vec};
 use crate::bitmap::PageBitmap;
 use crate::block::{BlockTable, LayoutError, Treatment};
 use crate::claim::{CapturedRun, Claim, Flight, MAX_SLOTS_PER_CLAIM, Origin, ReleasedRun};
+use crate::outcome::{
+    Cause, Counts, Discard, FaultOutcome, Next, PageSearchStatus, RequestOutcome, SetupError, Worker,
+};
 use crate::policy::{FaultAround, Limits, WhenFull};
 use crate::pool::{Budget, SlotPool};
 use crate::seams::OsError;
 use crate::units::{BlockIndex, HostAddr, HostRange, PAGE_SIZE, PageId, Run};
 
-/// Who asks for something to capture.
-#[derive(Clone, Copy, PartialEq, Eq, Hash, Debug)]
-pub enum Worker {
-    /// The thread that serves faults: requests and faults only, so that it is free when the next one comes.
-    Faults,
-    /// A scan worker: requests, faults, then the linear scan.
-    Scan,
-    /// Whoever holds the VM stopped: the blocks that must be captured inside the pause.
-    Pause,
-}
-
-/// What to do now.
-#[must_use]
-#[derive(Debug)]
-pub enum Next {
-    /// Capture this.
-    Claim(Claim),
-    /// Nothing for this worker until something happens (a fault, a request).
-    Idle,
-    /// There is something, but no slot or no claim is free: come back after a `written` or a `released`.
-    Full,
-    /// Every page is claimed: this worker is not needed any more, except for faults that may still come.
-    Done,
-    /// The snapshot has ended; see [`Snapshot::cause`].
-    Ended,
-}
-
-/// What became of a write fault.
-#[must_use]
-#[derive(Clone, Copy, PartialEq, Eq, Hash, Debug)]
-pub enum FaultOutcome {
-    /// In the queue; a `next_claim` will return it.
-    Queued,
-    /// Somebody is capturing that page: the release of his claim wakes the writer. Nothing to do.
-    Waits,
-    /// That page is not pending (any more): release this range, which wakes the writer.
-    Stale(HostRange),
-    /// No block has that address. Release the page in the kernel so that nobody hangs, and report it.
-    NotOurs,
-    /// The queue is full: stop reading events, serve, then hand this one in again.
-    QueueFull,
-}
-
-/// What became of a request for a page.
-#[must_use]
-#[derive(Clone, Copy, PartialEq, Eq, Hash, Debug)]
-pub enum RequestOutcome {
-    /// In the queue.
-    Queued,
-    /// On its way already.
-    Claimed,
-    /// Captured before, or never part of this snapshot: nothing to do.
-    NotPending,
-    /// The image has no such page.
-    NoSuchPage,
-    /// The queue is full: ask again later.
-    QueueFull,
-}
-
-/// What to do before a run is discarded.
-#[must_use]
-#[derive(Debug)]
-pub enum Discard {
-    /// Capture this first, then ask again.
-    Claim(Claim),
-    /// Somebody is capturing part of it, or there is no slot: ask again after the next `released` or `written`.
-    Wait,
-    /// Nothing of it is pending: discard.
-    Clear,
-}
-
-/// Why a snapshot ended without an image.
-#[derive(Clone, Copy, PartialEq, Eq, Hash, Debug)]
-#[non_exhaustive]
-pub enum Cause {
-    /// The embedder cancelled it, or dropped its handle.
-    Cancelled,
-    /// The memory could not be protected.
-    Arm(OsError),
-    /// Guest RAM could not be read.
-    Capture(OsError),
-    /// The protection could not be lifted.
-    Release(OsError),
-    /// The tracker's events could not be read.
-    Events(OsError),
-    /// The image could not be written; the sink's own error has the details.
-    Sink,
-    /// A writer waited, the pool was full, and the policy is to cancel.
-    PoolFull,
-    /// Pages that were not captured yet were discarded without `before_discard`.
-    Discarded(Run),
-    /// Pages that were not captured yet were unmapped or moved.
-    Unmapped(Run),
-    /// A thread of the engine died.
-    ThreadDied,
-}
-
-impl fmt::Display for Cause {
-    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        match self {
-            Self::Cancelled => f.write_str("cancelled"),
-            Self::Arm(e) => write!(f, "guest RAM could not be write-protected: {e}"),
-            Self::Capture(e) => write!(f, "guest RAM could not be read: {e}"),
-            Self::Release(e) => write!(f, "write protection could not be lifted: {e}"),
-            Self::Events(e) => write!(f, "write faults could not be read: {e}"),
-            Self::Sink => f.write_str("the image could not be written"),
-            Self::PoolFull => f.write_str(
-                "the pool was full while the guest waited for a page; give it more memory or let the guest wait",
-            ),
-            Self::Discarded(run) => {
-                write!(f, "{run} were discarded before they were captured; call before_discard first")
-            }
-            Self::Unmapped(run) => write!(f, "{run} were unmapped or moved before they were captured"),
-            Self::ThreadDied => f.write_str("a thread of the snapshot died"),
-        }
-    }
-}
-
-/// Why a snapshot cannot be set up.
-#[derive(Clone, Copy, PartialEq, Eq, Debug)]
-pub enum SetupError {
-    /// The bitmap lent does not fit the layout.
-    Layout(LayoutError),
-    /// The pool cannot hold one host page of a block.
-    HostPageTooLarge {
-        /// Host page size in bytes.
-        page_size: u64,
-        /// The most one claim can hold, in bytes.
-        room: u64,
-    },
-    /// The storage lent for the pool's slots is too short.
-    PoolStorage {
-        /// Slots asked for.
-        slots: u16,
-    },
-}
-
-impl fmt::Display for SetupError {
-    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        match self {
-            Self::Layout(e) => e.fmt(f),
-            Self::HostPageTooLarge { page_size, room } => write!(
-                f,
-                "a host page of {page_size} bytes does not fit into the pool, where one claim can have {room} bytes; \
-                 make the pool larger"
-            ),
-            Self::PoolStorage { slots } => write!(f, "the storage lent is too short for {slots} pool slots"),
-        }
-    }
-}
-
-impl core::error::Error for SetupError {}
-
-/// What happened so far, in pages unless said.
-#[derive(Clone, Copy, PartialEq, Eq, Hash, Debug, Default)]
-pub struct Counts {
-    /// Pages that belonged to the snapshot at T0.
-    pub total: u64,
-    /// Captured and released.
-    pub released: u64,
-    /// Of those, claimed because a writer was blocked on one of them or a neighbour.
-    pub by_fault: u64,
-    /// Of those, claimed by request.
-    pub by_request: u64,
-    /// Of those, claimed before a discard.
-    pub by_discard: u64,
-    /// Of those, captured inside the pause.
-    pub by_pause: u64,
-    /// Write faults handed in (faults, not pages).
-    pub faults: u64,
-    /// Faults on pages not pending any more.
-    pub stale_faults: u64,
-    /// Faults that had to wait for a slot at least once.
-    pub faults_held: u64,
-    /// Most pool slots in use at once.
-    pub slots_peak: u64,
-}
-
-/// Where the linear scan stands.
-#[derive(Clone, Copy, PartialEq, Eq, Hash, Debug, Default)]
-pub struct PageSearchStatus {
-    /// The next page to look at.
-    pub page: PageId,
-    /// Whether the scan has passed the end of RAM at least once.
-    pub round_complete: bool,
-}
+#[cfg(test)]
+mod probe;
 
 #[derive(Clone, Debug, PartialEq, Eq, Hash)]
 struct InFlight {
@@ -230,6 +48,19 @@ pub struct Snapshot<T, W, const FAULTS: usize, const CLAIMS: usize> {
     limits: Limits,
     counts: Counts,
     cause: Option<Cause>,
+    /// The fault at the head of the queue that was last counted as held.
+    held: Option<PageId>,
+    #[cfg(test)]
+    defect: Option<crate::tests::Defect>,
+}
+
+/// Why a page cannot be claimed now.
+#[derive(Clone, Copy, PartialEq, Eq)]
+enum Refusal {
+    /// As many claims are out as there can be; the next `released` frees one.
+    NoClaim,
+    /// The pool has no room; the next `written` frees a slot.
+    NoSlot,
 }
 
 impl<T, W, const FAULTS: usize, const CLAIMS: usize> Snapshot<T, W, FAULTS, CLAIMS>
@@ -259,7 +90,7 @@ where
         for block in table.blocks().iter().filter(|b| b.treatment != Treatment::Ignored) {
             if block.pages_per_host_page() > per_claim {
                 let room = per_claim.saturating_mul(PAGE_SIZE);
-                return Err(SetupError::HostPageTooLarge { page_size: block.page_size, room });
+                return Err(SetupError::HostPageTooLarge { block: block.name, page_size: block.page_size, room });
             }
         }
         let pool = SlotPool::new(slot_words, slots, limits.slot_pages, limits.reserve_slots.min(u64::from(slots) / 2))
@@ -276,7 +107,12 @@ where
             limits,
             counts: Counts::default(),
             cause: None,
+            held: None,
+            #[cfg(test)]
+            defect: None,
         };
+        // What a longer bitmap has beyond the image is no page of it: nobody could ever claim it.
+        snapshot.pending.remove(Run::new(PageId(snapshot.table.pages()), u64::MAX));
         snapshot.round_to_host_pages();
         snapshot.counts.total = snapshot.pending.count();
         Ok(snapshot)
@@ -285,19 +121,34 @@ where
     // ---- something happened
 
     /// A writer is blocked at `at`.
+    ///
+    /// Only tracked blocks are protected on account of this snapshot. A fault anywhere else (an unused tail, a
+    /// read-only block, one captured inside the pause) has nothing to wait for here, and is stale.
     pub fn handle_fault(&mut self, at: HostAddr) -> FaultOutcome {
-        let Some(index) = self.table.block_at(at) else {
+        let Some((index, block)) = self.table.block_at(at).and_then(|i| Some((i, self.table.block(i)?))) else {
             return FaultOutcome::NotOurs;
         };
-        let outcome = match self.table.page_at(at) {
-            Some(page) if self.cause.is_none() && self.pending.contains(page) => {
+        let ours = self.cause.is_none() && block.treatment == Treatment::Tracked;
+        let outcome = match self.table.page_at(at).filter(|_| ours) {
+            #[cfg(test)]
+            Some(page) if self.defect == Some(crate::tests::Defect::CapOnPages) && self.pool.is_full() => {
+                self.pending.remove(Run::new(page, 1));
+                FaultOutcome::Stale(self.host_page_at(index, at))
+            }
+            Some(page) if self.pending.contains(page) => {
                 if self.faults.iter().any(|&queued| queued == page) || self.faults.push_back(page).is_ok() {
                     FaultOutcome::Queued
                 } else {
+                    #[cfg(test)]
+                    if self.defect == Some(crate::tests::Defect::FullQueueDropsFault) {
+                        return FaultOutcome::Queued;
+                    }
                     return FaultOutcome::QueueFull;
                 }
             }
-            Some(page) if self.cause.is_none() && self.is_claimed(Run::new(page, 1)) => FaultOutcome::Waits,
+            Some(page) if self.is_claimed(Run::new(page, 1)) => FaultOutcome::Waits,
+            #[cfg(test)]
+            Some(_) if self.defect == Some(crate::tests::Defect::StaleNotWoken) => FaultOutcome::Waits,
             _ => {
                 self.counts.stale_faults += 1;
                 FaultOutcome::Stale(self.host_page_at(index, at))
@@ -326,6 +177,9 @@ where
 
     /// `range` is losing its content and cannot be held back. If a page of it was not captured yet, the snapshot ends
     /// with `Cause::Discarded` and this returns true.
+    ///
+    /// Reading the event is what lets the discard go on, so no [`captured`](Self::captured) may come between the two:
+    /// its bytes would be zeros. Read the event under the lock that guards this value, without waiting.
     pub fn handle_discarded(&mut self, range: HostRange) -> bool {
         self.handle_loss(range, Cause::Discarded)
     }
@@ -342,6 +196,10 @@ where
     /// [`capture_failed`](Self::capture_failed) or go on through the stages; both are harmless.
     pub fn cancel(&mut self, cause: Cause) -> bool {
         let first = self.cause.is_none();
+        #[cfg(test)]
+        if self.defect == Some(crate::tests::Defect::LastCauseKept) {
+            self.cause = None;
+        }
         self.cause.get_or_insert(cause);
         first
     }
@@ -357,16 +215,20 @@ where
         if who == Worker::Pause {
             return self.next_in_pause();
         }
+        let mut full = false;
         while let Some(&page) = self.requests.front() {
-            if !self.pending.contains(page) {
-                self.requests.pop_front();
-                continue;
+            if self.pending.contains(page) {
+                match self.claim(page, self.limits.around_min, Budget::Urgent, Origin::Request) {
+                    Ok(claim) => {
+                        self.requests.pop_front();
+                        return Next::Claim(claim);
+                    }
+                    // A fault on a smaller host page may still find room, and a blocked vCPU does not wait for a reader.
+                    Err(_) => full = true,
+                }
+                break;
             }
-            let Some(claim) = self.claim(page, self.limits.around_min, Budget::Urgent, Origin::Request) else {
-                return Next::Full;
-            };
             self.requests.pop_front();
-            return Next::Claim(claim);
         }
         while let Some(&page) = self.faults.front() {
             if !self.pending.contains(page) {
@@ -376,16 +238,26 @@ where
             }
             let before = self.around;
             let around = self.around.faulted(&self.limits);
-            if let Some(claim) = self.claim(page, around, Budget::Urgent, Origin::Fault) {
-                self.faults.pop_front();
-                return Next::Claim(claim);
+            #[cfg(test)]
+            if self.defect == Some(crate::tests::Defect::FaultWaitsForWriter) && !self.pool.all_free() {
+                return Next::Full;
+            }
+            match self.claim(page, around, Budget::Urgent, Origin::Fault) {
+                Ok(claim) => {
+                    self.faults.pop_front();
+                    return Next::Claim(claim);
+                }
+                Err(Refusal::NoSlot) => self.hold(page),
+                Err(Refusal::NoClaim) => {}
             }
             self.around = before;
-            self.counts.faults_held += 1;
-            if self.limits.when_full == WhenFull::Cancel && self.pool.room(Budget::Urgent) == 0 {
-                self.cancel(Cause::PoolFull);
-                return Next::Ended;
-            }
+            full = true;
+            break;
+        }
+        if self.cause.is_some() {
+            return Next::Ended;
+        }
+        if full {
             return Next::Full;
         }
         if self.pending.count() == 0 {
@@ -435,6 +307,10 @@ where
     /// The protection of `run` is lifted and its writers are awake.
     pub fn released(&mut self, run: CapturedRun) -> ReleasedRun {
         self.land(&run.flight);
+        #[cfg(test)]
+        if self.defect == Some(crate::tests::Defect::SlotFreedAtRelease) {
+            self.pool.give_back(&run.flight.slots);
+        }
         let pages = run.flight.run.pages;
         self.counts.released += pages;
         match run.flight.origin {
@@ -511,11 +387,11 @@ where
         };
         self.search.round_complete |= ahead.is_none();
         match self.claim(page, self.limits.scan_pages, Budget::Scan, Origin::Scan) {
-            Some(claim) => {
+            Ok(claim) => {
                 self.around.scanned();
                 Next::Claim(claim)
             }
-            None => Next::Full,
+            Err(_) => Next::Full,
         }
     }
 
@@ -553,37 +429,53 @@ where
             .is_some_and(|b| b.treatment == Treatment::InPause)
     }
 
-    /// Claims the pending pages around `page` inside the naturally aligned window of `want` pages, in whole host pages,
-    /// as many as there is room for. `None`: no slot or no claim is free.
-    fn claim(&mut self, page: PageId, want: u64, budget: Budget, origin: Origin) -> Option<Claim> {
-        if self.claims.is_full() {
-            return None;
+    /// The writer blocked on `page` has to wait for a slot, or the policy says that it must not.
+    fn hold(&mut self, page: PageId) {
+        if self.held != Some(page) {
+            self.held = Some(page);
+            self.counts.faults_held += 1;
         }
-        let index = self.table.block_of(page)?;
-        let block = *self.table.block(index)?;
+        if self.limits.when_full == WhenFull::Cancel {
+            self.cancel(Cause::PoolFull);
+        }
+    }
+
+    /// Claims the pending pages around `page` inside the naturally aligned window of `want` pages, in whole host pages,
+    /// as many as there is room for.
+    fn claim(&mut self, page: PageId, want: u64, budget: Budget, origin: Origin) -> Result<Claim, Refusal> {
+        if self.claims.is_full() {
+            return Err(Refusal::NoClaim);
+        }
+        // Every pending page has a block; the fallback keeps core free of panics.
+        let index = self.table.block_of(page).ok_or(Refusal::NoClaim)?;
+        let block = *self.table.block(index).ok_or(Refusal::NoClaim)?;
         let whole = self.table.block_run(index);
         let unit = block.pages_per_host_page();
         let within = window(page, want.max(unit), block.host, whole);
-        let mut run = self.pending.run_around(page, within)?;
-        let room = self.pool.room(budget) / unit * unit;
+        let mut run = self.pending.run_around(page, within).ok_or(Refusal::NoClaim)?;
+        let room = self.pool.room(budget, unit);
         if room == 0 {
-            return None;
+            return Err(Refusal::NoSlot);
         }
         if run.pages > room {
             // The host page of `page` must be among them.
             let first = PageId(whole.first.0 + (page.0 - whole.first.0) / unit * unit);
             run = Run::new(first, room.min(run.end().0 - first.0));
         }
-        let range = self.table.host_range(run)?;
-        let slots = self.pool.take(run.pages)?;
+        let range = self.table.host_range(run).ok_or(Refusal::NoClaim)?;
+        let slots = self.pool.take(run.pages).ok_or(Refusal::NoSlot)?;
         self.pending.remove(run);
         // Cannot fail: there was room above.
         let _ = self.claims.push(InFlight { run, captured: false });
+        #[cfg(test)]
+        if self.defect == Some(crate::tests::Defect::CapturedBeforeRead) {
+            self.claims.pop();
+        }
         self.counts.slots_peak = self.counts.slots_peak.max(self.pool.in_use());
         if origin != Origin::Discard && origin != Origin::Pause {
             self.search.page = run.end();
         }
-        Some(Claim {
+        Ok(Claim {
             flight: Flight { run, range, slots, origin, protected: block.treatment == Treatment::Tracked },
         })
     }

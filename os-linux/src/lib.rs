@@ -1,1 +1,66 @@
-//! To be filled.
+//! The Linux shim of ramshot: tracks writes to guest RAM by userfaultfd write protection, and knows what guest RAM is made
+//! of. It decides nothing: which page when is `ramshot-core`'s, threads and files are `ramshot`'s.
+//!
+//! - [`GuestRam`]: the RAM blocks of this process, what backs them, how to read and fill them.
+//! - [`Tracker`]: one userfaultfd context over them; implements [`WriteTracker`](ramshot_core::WriteTracker).
+//! - [`probe`], [`compatible`]: what this system offers and whether each block can be tracked, asked beforehand.
+//! - [`storage`]: file access at offsets.
+//!
+//! All unsafe code of the project's library part stands in this crate: in `uffd` (ioctls), `ram` (guest memory by
+//! pointer), `populated` (PAGEMAP_SCAN) and `event` (descriptors in messages).
+//!
+//! ```
+//! # use std::sync::Arc;
+//! # use ramshot_core::{Event, GuestAddr, HostAddr, Treatment, WriteTracker};
+//! use ramshot_linux::{GuestRam, Region, Tracker, TrackerOptions};
+//!
+//! # fn example(host: HostAddr) -> Result<(), Box<dyn std::error::Error>> {
+//! let region = Region {
+//!     name: "ram0".into(),
+//!     guest: GuestAddr(0),
+//!     host, // where the VMM mapped it
+//!     len: 512 << 20,
+//!     used: None,
+//!     treatment: Treatment::Tracked,
+//!     file: None,
+//! };
+//! // SAFETY: the VMM keeps the mapping until it has dropped `ram`.
+//! let ram = Arc::new(unsafe { GuestRam::from_regions(vec![region])? });
+//! let tracker = Tracker::open(Arc::clone(&ram), &TrackerOptions::default())?;
+//! // ... the VM is paused ...
+//! for (index, _) in ram.table().iter() {
+//!     let mut ranges = Vec::new();
+//!     tracker.populated(index, &mut |range| ranges.push(range))?;
+//!     ranges.into_iter().try_for_each(|range| tracker.protect(range))?;
+//! }
+//! // ... the VM runs again; on the thread that serves faults: ...
+//! let mut events = [Event::WriteFault { at: HostAddr(0) }; 16];
+//! let count = tracker.next_events(&mut events, Some(100))?;
+//! # let _ = count;
+//! tracker.disarm()?;
+//! # Ok(())
+//! # }
+//! ```
+
+mod backing;
+mod error;
+mod event;
+#[cfg(feature = "vm-memory")]
+mod guest_memory;
+mod maps;
+mod populated;
+mod probe;
+mod ram;
+mod register;
+pub mod storage;
+mod tracker;
+mod uapi;
+mod uffd;
+
+pub use error::{Missing, RamError, TrackError};
+pub use probe::{Probe, compatible, probe};
+pub use ram::{GuestRam, Region, RegionFile};
+pub use tracker::{Tracker, TrackerOptions};
+
+/// Name of this shim.
+pub const SYSTEM: &str = "linux";

@@ -1,0 +1,285 @@
+//! Which pages may hold something other than zeros: from the page table (`PAGEMAP_SCAN`, or `/proc/self/pagemap` entry
+//! by entry) and from memory files (`SEEK_DATA`). What it costs follows what is populated, not the nominal size.
+
+use std::fs::File;
+use std::os::fd::AsRawFd;
+use std::os::unix::fs::{FileExt, MetadataExt};
+
+use nix::errno::Errno;
+use nix::unistd::{Whence, lseek};
+use ramshot_core::{HostAddr, HostRange, OsError};
+
+use crate::backing::{Content, FileAt, Piece, base_page_size};
+use crate::maps::intersection;
+use crate::uapi::{self, PageRegion, PmScanArg};
+
+/// Receives ranges.
+pub(crate) type Each<'a> = &'a mut dyn FnMut(HostRange);
+
+/// Calls `each` for what may be populated of the part of `pieces` inside `within`, ascending, as multiples of
+/// `page_size`, adjoining ranges merged. `all` is every piece of guest RAM: pages of one file can be spread over blocks.
+pub(crate) fn populated(
+    table: &PageTable,
+    pieces: &[Piece],
+    all: &[Vec<Piece>],
+    within: HostRange,
+    page_size: u64,
+    each: Each<'_>,
+) -> Result<(), OsError> {
+    let mut merged = Merged { pending: None, page_size, each };
+    for piece in pieces {
+        let Some(range) = intersection(piece.range, within) else { continue };
+        let mut push = |range| merged.push(range);
+        match &piece.content {
+            Content::PageTable => table.present(range, &mut push)?,
+            Content::File(file) => data(&at(file, piece, range), range, &mut push)?,
+            Content::FileAndPageTable(file) => {
+                let mut ranges = Vec::new();
+                table.present(range, &mut |r| ranges.push(r))?;
+                data(&at(file, piece, range), range, &mut |r| ranges.push(r))?;
+                ranges.sort_unstable_by_key(|r| r.start);
+                ranges.into_iter().for_each(push);
+            }
+            Content::HugeFile(file) if table.has_all_of(file, piece, all)? => table.present(range, &mut push)?,
+            Content::HugeFile(_) | Content::Unknown => push(range),
+        }
+    }
+    merged.finish();
+    Ok(())
+}
+
+/// `file` at the start of `range`, a part of `piece`.
+fn at(file: &FileAt, piece: &Piece, range: HostRange) -> FileAt {
+    FileAt { file: file.file.clone(), offset: file.offset.saturating_add(range.start.0 - piece.range.start.0) }
+}
+
+/// Joins adjoining and overlapping ranges, widened to whole host pages.
+struct Merged<'a> {
+    pending: Option<HostRange>,
+    page_size: u64,
+    each: Each<'a>,
+}
+
+impl Merged<'_> {
+    fn push(&mut self, range: HostRange) {
+        let start = range.start.0 & !(self.page_size - 1);
+        let end = range.end().0.div_ceil(self.page_size).saturating_mul(self.page_size);
+        match &mut self.pending {
+            Some(pending) if start <= pending.end().0 => {
+                pending.len = pending.len.max(end - pending.start.0);
+            }
+            pending => {
+                if let Some(done) = pending.replace(HostRange::new(HostAddr(start), end - start)) {
+                    (self.each)(done);
+                }
+            }
+        }
+    }
+
+    fn finish(self) {
+        if let Some(done) = self.pending {
+            (self.each)(done);
+        }
+    }
+}
+
+/// The page table of this process, as `/proc/self/pagemap` shows it.
+#[derive(Debug)]
+pub(crate) struct PageTable {
+    /// `None`: cannot be opened; then everything counts as populated.
+    file: Option<File>,
+    /// Whether the kernel has PAGEMAP_SCAN (6.7).
+    pub(crate) scan: Result<(), Errno>,
+}
+
+impl PageTable {
+    /// Opens it. Needed before a sandbox closes `/proc`.
+    pub(crate) fn open() -> Self {
+        let (file, scan) = match File::open("/proc/self/pagemap") {
+            Ok(file) => {
+                // An empty range: the kernel checks the arguments and has nothing to walk.
+                let scan = scan(&file, HostRange::new(HostAddr(0), 0), &mut |_| {});
+                (Some(file), scan)
+            }
+            Err(error) => {
+                log::warn!(
+                    target: "ramshot::track",
+                    "cannot open /proc/self/pagemap ({error}): all memory counts as populated and is protected"
+                );
+                (None, Err(Errno::from_raw(error.raw_os_error().unwrap_or(0))))
+            }
+        };
+        Self { file, scan }
+    }
+
+    fn present(&self, range: HostRange, each: Each<'_>) -> Result<(), OsError> {
+        let Some(file) = &self.file else {
+            each(range);
+            return Ok(());
+        };
+        if self.scan.is_ok() {
+            scan(file, range, each).map_err(|errno| OsError::new("PAGEMAP_SCAN", errno as i32).on(range))
+        } else {
+            read_entries(file, range, each)
+        }
+    }
+
+    /// Whether our page tables have every page that the hugetlbfs file has, so that what is absent here is a hole there.
+    fn has_all_of(&self, file: &FileAt, piece: &Piece, all: &[Vec<Piece>]) -> Result<bool, OsError> {
+        if self.file.is_none() {
+            return Ok(false);
+        }
+        let meta = file.file.metadata().map_err(|e| OsError::new("fstat", e.raw_os_error().unwrap_or(0)))?;
+        let mut present = 0u64;
+        for other in all.iter().flatten().filter(|other| other.file_id == piece.file_id) {
+            self.present(other.range, &mut |range| present = present.saturating_add(range.len))?;
+        }
+        // st_blocks counts the pages of the file in units of 512 bytes.
+        Ok(present == meta.blocks().saturating_mul(512))
+    }
+}
+
+/// Results of one PAGEMAP_SCAN: 12 KiB on the stack.
+const REGIONS: usize = 512;
+
+/// PAGEMAP_SCAN: what is present or swapped out and not the zero page.
+fn scan(file: &File, range: HostRange, each: Each<'_>) -> Result<(), Errno> {
+    let mut regions = [PageRegion::default(); REGIONS];
+    let mut start = range.start.0;
+    loop {
+        let mut arg = PmScanArg {
+            size: size_of::<PmScanArg>() as u64,
+            start,
+            end: range.end().0,
+            vec: (&raw mut regions).expose_provenance() as u64,
+            vec_len: REGIONS as u64,
+            category_inverted: uapi::PAGE_IS_PFNZERO,
+            category_mask: uapi::PAGE_IS_PFNZERO,
+            category_anyof_mask: uapi::PAGE_IS_PRESENT | uapi::PAGE_IS_SWAPPED,
+            ..PmScanArg::default()
+        };
+        // SAFETY: `file` is open and `arg` a live `pm_scan_arg`; its `vec` points to `vec_len` regions that live on
+        // this stack frame and are touched by nobody else during the call. No flag is set that changes memory.
+        let found = unsafe { uapi::ioctl_pagemap_scan(file.as_raw_fd(), &raw mut arg) }?;
+        for region in regions.iter().take(usize::try_from(found).unwrap_or(0)) {
+            each(HostRange::new(HostAddr(region.start), region.end.saturating_sub(region.start)));
+        }
+        // The kernel stops early when the list is full, and must not stop where it began.
+        if arg.walk_end >= range.end().0 || arg.walk_end <= start {
+            return Ok(());
+        }
+        start = arg.walk_end;
+    }
+}
+
+/// What PAGEMAP_SCAN finds, before 6.7: 8 bytes a page are read, absent or not. The zero page counts as present, as
+/// only a privileged reader could tell.
+fn read_entries(file: &File, range: HostRange, each: Each<'_>) -> Result<(), OsError> {
+    const ENTRY: usize = 8;
+    let page_size = base_page_size();
+    let mut buffer = vec![0u8; 64 << 10];
+    let (mut at, end) = (range.start.0 / page_size, range.end().0.div_ceil(page_size));
+    while at < end {
+        let want = usize::try_from(end - at).unwrap_or(usize::MAX).saturating_mul(ENTRY).min(buffer.len());
+        let failed = |errno| OsError::new("read /proc/self/pagemap", errno).on(range);
+        let got = match file.read_at(buffer.get_mut(..want).unwrap_or_default(), at.saturating_mul(ENTRY as u64)) {
+            Ok(got) => got,
+            Err(error) if error.kind() == std::io::ErrorKind::Interrupted => continue,
+            Err(error) => return Err(failed(error.raw_os_error().unwrap_or(0))),
+        };
+        let entries = buffer.get(..got).unwrap_or_default().chunks_exact(ENTRY);
+        if entries.len() == 0 {
+            return Err(failed(libc::EIO));
+        }
+        for entry in entries {
+            let entry = u64::from_ne_bytes(entry.try_into().unwrap_or_default());
+            if entry & (uapi::PAGEMAP_PRESENT | uapi::PAGEMAP_SWAPPED) != 0 {
+                each(HostRange::new(HostAddr(at * page_size), page_size));
+            }
+            at += 1;
+        }
+    }
+    Ok(())
+}
+
+/// The data of a memory file, where it is mapped: `range` starts at `file.offset`.
+fn data(file: &FileAt, range: HostRange, each: Each<'_>) -> Result<(), OsError> {
+    let failed = |errno: Errno| OsError::new("lseek SEEK_DATA", errno as i32).on(range);
+    let seek = |from: u64, whence| {
+        let from = i64::try_from(from).map_err(|_| Errno::EOVERFLOW)?;
+        lseek(&file.file, from, whence).and_then(|at| u64::try_from(at).map_err(|_| Errno::EOVERFLOW))
+    };
+    let end = file.offset.saturating_add(range.len);
+    let mut from = file.offset;
+    while from < end {
+        let start = match seek(from, Whence::SeekData) {
+            Ok(start) if start < end => start,
+            // ENXIO: no data up to the end of the file.
+            Ok(_) | Err(Errno::ENXIO) => break,
+            Err(errno) => return Err(failed(errno)),
+        };
+        let stop = seek(start, Whence::SeekHole).map_err(failed)?.min(end);
+        if stop <= start {
+            return Err(failed(Errno::EIO));
+        }
+        each(HostRange::new(HostAddr(range.start.0 + (start - file.offset)), stop - start));
+        from = stop;
+    }
+    Ok(())
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn merged(page_size: u64, ranges: &[(u64, u64)]) -> Vec<(u64, u64)> {
+        let mut out = Vec::new();
+        let mut each = |r: HostRange| out.push((r.start.0, r.end().0));
+        let mut merged = Merged { pending: None, page_size, each: &mut each };
+        ranges.iter().for_each(|&(start, end)| merged.push(HostRange::new(HostAddr(start), end - start)));
+        merged.finish();
+        out
+    }
+
+    #[test]
+    fn ranges_are_widened_and_merged() {
+        assert_eq!(merged(0x1000, &[(0x1000, 0x2000), (0x2000, 0x2800), (0x4000, 0x5000)]), [
+            (0x1000, 0x3000),
+            (0x4000, 0x5000)
+        ]);
+        assert_eq!(merged(0x20_0000, &[(0x1000, 0x2000), (0x1f_f000, 0x20_1000)]), [(0, 0x40_0000)]);
+        assert_eq!(merged(0x1000, &[(0x1000, 0x9000), (0x2000, 0x3000)]), [(0x1000, 0x9000)]);
+        assert_eq!(merged(0x1000, &[]), []);
+    }
+
+    // Entry by entry must find what the scan finds (and may find the zero page too). Here: a fresh boxed slice, of
+    // which every third page is written.
+    #[test]
+    fn both_ways_through_the_page_table_agree() {
+        let page = usize::try_from(base_page_size()).unwrap();
+        let mut memory = vec![0u8; page * 2001];
+        for at in (0..2000).step_by(3) {
+            memory[at * page + page - 1] = 1;
+        }
+        let start = memory.as_ptr().addr() as u64 & !(page as u64 - 1);
+        let range = HostRange::new(HostAddr(start), page as u64 * 2000);
+        let table = PageTable::open();
+        let Some(file) = &table.file else { panic!("/proc/self/pagemap: {:?}", table.scan) };
+        let collect = |f: &dyn Fn(Each<'_>)| {
+            let mut found = Vec::new();
+            let mut merged =
+                Merged { pending: None, page_size: page as u64, each: &mut |r| found.push((r.start.0, r.end().0)) };
+            f(&mut |r| merged.push(r));
+            merged.finish();
+            found
+        };
+        let read = collect(&|each| read_entries(file, range, each).unwrap());
+        assert!(read.len() >= 600, "{} runs", read.len());
+        if let Err(errno) = table.scan {
+            eprintln!("SKIPPED: comparison with PAGEMAP_SCAN, which this kernel lacks ({errno})");
+            return;
+        }
+        // More runs than one call of the scan returns.
+        assert_eq!(collect(&|each| scan(file, range, each).unwrap()), read);
+    }
+}

@@ -1,0 +1,116 @@
+//! File access at offsets, the way a snapshot file is written: no shared file position, many threads at once.
+
+use std::fs::File;
+use std::io::{self, IoSlice};
+use std::os::unix::fs::{FileExt, MetadataExt};
+use std::path::Path;
+
+use nix::fcntl::{FallocateFlags, fallocate};
+use nix::sys::uio::pwritev;
+use nix::unistd::{Whence, lseek};
+
+/// Most slices the kernel takes in one call (`UIO_MAXIOV`); what is beyond is left for the caller's next call.
+const MAX_SLICES: usize = 1024;
+
+fn offset(at: u64) -> io::Result<i64> {
+    i64::try_from(at).map_err(|_| io::Error::new(io::ErrorKind::InvalidInput, format!("file offset {at:#x} is too large")))
+}
+
+/// Reads into `into` from byte `at`; returns how many bytes, 0 at the end of the file.
+///
+/// # Errors
+/// What pread(2) answered.
+pub fn read_at(file: &File, into: &mut [u8], at: u64) -> io::Result<usize> {
+    file.read_at(into, at)
+}
+
+/// Writes `slices` one after the other from byte `at`; returns how many bytes were written, which may be fewer than
+/// given.
+///
+/// # Errors
+/// What pwritev(2) answered.
+pub fn write_vectored_at(file: &File, slices: &[IoSlice<'_>], at: u64) -> io::Result<usize> {
+    let slices = slices.get(..MAX_SLICES).unwrap_or(slices);
+    Ok(pwritev(file, slices, offset(at)?)?)
+}
+
+/// Reserves disk space for `len` bytes from byte `at`, so that later writes there neither fail for lack of space nor
+/// allocate. The file's size and content stay as they are.
+///
+/// # Errors
+/// [`Unsupported`](io::ErrorKind::Unsupported) if the file system cannot (the file works without); otherwise what
+/// fallocate(2) answered, [`StorageFull`](io::ErrorKind::StorageFull) above all.
+pub fn allocate(file: &File, at: u64, len: u64) -> io::Result<()> {
+    match fallocate(file, FallocateFlags::FALLOC_FL_KEEP_SIZE, offset(at)?, offset(len)?) {
+        Ok(()) => Ok(()),
+        Err(nix::errno::Errno::EOPNOTSUPP | nix::errno::Errno::ENOSYS) => {
+            Err(io::Error::new(io::ErrorKind::Unsupported, "the file system cannot allocate space ahead"))
+        }
+        Err(errno) => Err(errno.into()),
+    }
+}
+
+/// Makes what happened to the names in a directory (create, rename) durable.
+///
+/// # Errors
+/// What open(2) or fsync(2) answered.
+pub fn sync_dir(path: &Path) -> io::Result<()> {
+    File::open(path)?.sync_all()
+}
+
+/// Whether `path` still names `file`: another process may have renamed or removed it meanwhile.
+///
+/// # Errors
+/// What stat(2) answered; [`Unsupported`](io::ErrorKind::Unsupported) where files have no identity to compare.
+pub fn same_file(file: &File, path: &Path) -> io::Result<bool> {
+    let (opened, named) = (file.metadata()?, std::fs::symlink_metadata(path)?);
+    Ok(opened.dev() == named.dev() && opened.ino() == named.ino())
+}
+
+/// Where the next stored data begins at or after byte `at`; `None` if only a hole follows. A file system that knows no
+/// holes answers `at`.
+///
+/// # Errors
+/// What lseek(2) answered.
+pub fn next_data(file: &File, at: u64) -> io::Result<Option<u64>> {
+    match lseek(file, offset(at)?, Whence::SeekData) {
+        Ok(found) => Ok(u64::try_from(found).ok()),
+        Err(nix::errno::Errno::ENXIO) => Ok(None),
+        Err(nix::errno::Errno::EINVAL) => Ok(Some(at)),
+        Err(errno) => Err(errno.into()),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn written_slices_are_read_back_and_allocation_keeps_the_size() {
+        let file = tempfile::tempfile().unwrap();
+        let written = write_vectored_at(&file, &[IoSlice::new(b"live "), IoSlice::new(b"snapshot")], 4096).unwrap();
+        assert_eq!(written, 13);
+        let mut back = [0; 20];
+        assert_eq!(read_at(&file, &mut back, 4101).unwrap(), 8);
+        assert_eq!(&back[..8], b"snapshot");
+        match allocate(&file, 0, 1 << 20) {
+            Ok(()) => assert_eq!(file.metadata().unwrap().len(), 4109),
+            Err(error) => assert_eq!(error.kind(), io::ErrorKind::Unsupported),
+        }
+    }
+
+    #[test]
+    fn more_slices_than_the_kernel_takes_are_written_in_part() {
+        let file = tempfile::tempfile().unwrap();
+        let slices: Vec<_> = (0..1500).map(|_| IoSlice::new(b"x")).collect();
+        assert_eq!(write_vectored_at(&file, &slices, 0).unwrap(), 1024);
+    }
+
+    #[test]
+    fn an_offset_beyond_the_kernels_is_an_error() {
+        let file = tempfile::tempfile().unwrap();
+        assert_eq!(write_vectored_at(&file, &[], u64::MAX).unwrap_err().kind(), io::ErrorKind::InvalidInput);
+        assert!(sync_dir(Path::new("/nonexistent-directory")).is_err());
+        sync_dir(&std::env::temp_dir()).unwrap();
+    }
+}

@@ -1,0 +1,399 @@
+//! Write tracking of guest RAM by userfaultfd write protection.
+
+use std::os::fd::OwnedFd;
+use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError, RwLock};
+use std::thread;
+use std::time::{Duration, Instant};
+
+use nix::errno::Errno;
+use nix::fcntl::{FcntlArg, OFlag, fcntl};
+use ramshot_core::{
+    BlockIndex, Done, Event, HostRange, OsError, RamBlock, Treatment, WriteTracker,
+};
+
+use crate::error::{Missing, TrackError};
+use crate::event::{self, Message, Waiter, Woken};
+use crate::populated::{PageTable, populated};
+use crate::probe::{self, WANTED};
+use crate::ram::GuestRam;
+use crate::uffd::{Uffd, Way};
+use crate::{maps, register, uapi};
+
+const WRITEPROTECT: &str = "UFFDIO_WRITEPROTECT";
+
+/// How a [`Tracker`] is opened and how patient it is.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+pub struct TrackerOptions {
+    /// Whether a userfaultfd of user mode only will do where no other can be had. **Not for KVM guests**: a write by
+    /// the kernel into a protected page then fails instead of waiting, so `KVM_RUN` returns EFAULT for a vCPU's
+    /// write, and `read(2)` into guest RAM fails. Default: no.
+    pub user_mode_only: bool,
+    /// How long protecting and disarming wait for mappings that are being changed (EAGAIN) before they give up.
+    /// Default: 1 s. The change ends as soon as its event is read; the longest seen under a storm of `madvise` is
+    /// under 1 ms.
+    pub patience: Duration,
+}
+
+impl Default for TrackerOptions {
+    fn default() -> Self {
+        Self { user_mode_only: false, patience: Duration::from_secs(1) }
+    }
+}
+
+/// Tracks writes to guest RAM: one userfaultfd context with every [`Treatment::Tracked`] block registered.
+///
+/// # Somebody must read
+/// From [`open`](Self::open) on, a thread that discards, unmaps or moves registered memory (`madvise`, `munmap`,
+/// `mremap`) waits inside that system call until its event is read, and protecting and releasing answer EAGAIN
+/// meanwhile. So the thread that calls [`next_events`](WriteTracker::next_events) starts right after `open` and runs until
+/// [`disarm`](WriteTracker::disarm), and must never itself change those mappings. In return no discard goes unnoticed: without
+/// the events, memory discarded under a snapshot would read as zeros.
+///
+/// # Dropping
+/// Dropping disarms. Guest RAM is kept alive by the tracker and let go after that, so unmapping it does not wait.
+#[derive(Debug)]
+pub struct Tracker {
+    uffd: Uffd,
+    waiter: Waiter,
+    page_table: PageTable,
+    patience: Duration,
+    registered: Mutex<Vec<Registration>>,
+    /// Where registered ranges were moved to.
+    moved: Mutex<Vec<HostRange>>,
+    /// Set when disarming begins; nothing is protected after that.
+    disarmed: AtomicBool,
+    /// Held for reading while protecting, taken for writing by disarm, so that it waits for what is under way.
+    protecting: RwLock<()>,
+    ram: Arc<GuestRam>,
+}
+
+/// A range registered for write faults.
+#[derive(Clone, Copy, Debug)]
+struct Registration {
+    range: HostRange,
+    /// Modes it had before us (a lazy restore's), given back at the end.
+    prior: u64,
+}
+
+impl Tracker {
+    /// Opens a userfaultfd and registers every tracked block, whole. Nothing is protected yet. Belongs before the
+    /// pause, and before a seccomp filter.
+    ///
+    /// `/dev/userfaultfd` is tried first, then the system call, on any failure.
+    ///
+    /// # Errors
+    /// What is missing; nothing stays open or registered.
+    pub fn open(ram: Arc<GuestRam>, options: &TrackerOptions) -> Result<Self, TrackError> {
+        let mut failures = Vec::new();
+        for way in Way::ALL.into_iter().filter(|&way| way != Way::UserModeOnly || options.user_mode_only) {
+            let open = || {
+                let features = probe::offered(way)? & WANTED;
+                let uffd = Uffd::open(way)?;
+                uffd.api(features)?;
+                Ok((uffd, features))
+            };
+            match open() {
+                Ok((uffd, features)) => {
+                    log::debug!(target: "ramshot::track", "opened {way}, features {features:#x}");
+                    if way == Way::UserModeOnly {
+                        log::warn!(target: "ramshot::track", "user mode only: writes by the kernel (KVM) will fail");
+                    }
+                    return Self::start(uffd, features, ram, options, |_| 0);
+                }
+                Err(failed) => failures.push((way, failed)),
+            }
+        }
+        Err(TrackError::Unavailable(probe::unavailable(&failures, options.user_mode_only)))
+    }
+
+    /// Takes over a userfaultfd of this process on which UFFDIO_API has been called: the one that a lazy restore runs
+    /// on, or one that was made by a more privileged process. From then on this tracker reads its events.
+    ///
+    /// Ranges that are registered for missing pages stay so, while tracked and after. To go on using the context
+    /// afterwards, pass a duplicate of the descriptor: closing the last one while pages are missing makes them read as
+    /// zeros. The descriptor is made non-blocking.
+    ///
+    /// # Errors
+    /// [`TrackError::Unsuitable`] if it is no initialised userfaultfd, or has WP_ASYNC or SIGBUS, under which no write
+    /// fault is reported; otherwise as [`open`](Self::open).
+    pub fn from_fd(fd: OwnedFd, ram: Arc<GuestRam>, options: &TrackerOptions) -> Result<Self, TrackError> {
+        let unsuitable = |why: String, remedy: &str| {
+            TrackError::Unsuitable(Missing::new("the userfaultfd handed over", why, remedy))
+        };
+        let features = event::features_of(&fd).ok_or_else(|| {
+            unsuitable(
+                "/proc/self/fdinfo does not show it to be a userfaultfd on which UFFDIO_API was called".into(),
+                "call UFFDIO_API on it, with PAGEFAULT_FLAG_WP",
+            )
+        })?;
+        for (bit, name) in [(uapi::FEATURE_WP_ASYNC, "WP_ASYNC"), (uapi::FEATURE_SIGBUS, "SIGBUS")] {
+            if features & bit != 0 {
+                return Err(unsuitable(
+                    format!("it was opened with UFFD_FEATURE_{name}, under which no write fault is reported"),
+                    "open it without; the features of a context cannot be changed",
+                ));
+            }
+        }
+        let heard = uapi::FEATURE_EVENT_REMOVE | uapi::FEATURE_EVENT_UNMAP | uapi::FEATURE_EVENT_REMAP;
+        if features & heard != heard {
+            log::warn!(
+                target: "ramshot::track",
+                "the userfaultfd handed over has features {features:#x}: some discards and unmappings will go unnoticed"
+            );
+        }
+        let flags = fcntl(&fd, FcntlArg::F_GETFL).map(OFlag::from_bits_retain);
+        flags
+            .and_then(|flags| fcntl(&fd, FcntlArg::F_SETFL(flags | OFlag::O_NONBLOCK)))
+            .map_err(|errno| OsError::new("fcntl O_NONBLOCK", errno as i32))?;
+        let details = maps::read_details()
+            .map_err(|error| OsError::new("read /proc/self/smaps", error.raw_os_error().unwrap_or(0)))?;
+        let prior = |block: &RamBlock| {
+            let over = |flag| details.iter().any(|d| d.range.overlaps(block.mapping()) && d.has(flag));
+            let mode = |flag, mode| if over(flag) { mode } else { 0 };
+            mode("um", uapi::REGISTER_MODE_MISSING) | mode("ui", uapi::REGISTER_MODE_MINOR)
+        };
+        Self::start(Uffd::new(fd), features, ram, options, prior)
+    }
+
+    /// Takes over a `userfaultfd::Uffd`, as [`from_fd`](Self::from_fd) does.
+    ///
+    /// # Errors
+    /// As [`from_fd`](Self::from_fd).
+    #[cfg(feature = "userfaultfd")]
+    pub fn from_uffd(
+        uffd: userfaultfd::Uffd,
+        ram: Arc<GuestRam>,
+        options: &TrackerOptions,
+    ) -> Result<Self, TrackError> {
+        use std::os::fd::{AsRawFd, BorrowedFd};
+        // SAFETY: `uffd` is alive until the end of this function, and its descriptor open as long.
+        let borrowed = unsafe { BorrowedFd::borrow_raw(uffd.as_raw_fd()) };
+        // A duplicate, and the original closed: in userfaultfd 0.9 `into_raw_fd` returns a closed descriptor.
+        let fd = borrowed
+            .try_clone_to_owned()
+            .map_err(|error| OsError::new("fcntl F_DUPFD_CLOEXEC", error.raw_os_error().unwrap_or(0)))?;
+        Self::from_fd(fd, ram, options)
+    }
+
+    fn start(
+        uffd: Uffd,
+        features: u64,
+        ram: Arc<GuestRam>,
+        options: &TrackerOptions,
+        prior: impl Fn(&RamBlock) -> u64,
+    ) -> Result<Self, TrackError> {
+        let tracker = Self {
+            uffd,
+            waiter: Waiter::new()?,
+            page_table: PageTable::open(),
+            patience: options.patience,
+            registered: Mutex::new(Vec::new()),
+            moved: Mutex::new(Vec::new()),
+            disarmed: AtomicBool::new(false),
+            protecting: RwLock::new(()),
+            ram,
+        };
+        // On failure `tracker` is dropped, which unregisters the blocks done so far.
+        for block in tracker.ram.table().blocks().iter().filter(|b| b.treatment == Treatment::Tracked) {
+            register::check_block(block, features).map_err(TrackError::Block)?;
+            let prior = prior(block);
+            let (range, page_size) = (block.mapping(), block.page_size);
+            register::register(&tracker.uffd, block, prior).map_err(TrackError::Block)?;
+            tracker.list().push(Registration { range, prior });
+            log::debug!(
+                target: "ramshot::track",
+                "start block {}: page size {page_size}, address {}, length {:#x}", block.name, range.start, range.len
+            );
+        }
+        Ok(tracker)
+    }
+
+    fn list(&self) -> MutexGuard<'_, Vec<Registration>> {
+        self.registered.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// UFFDIO_WRITEPROTECT on all of `range`, mapping by mapping where the kernel does not take them at once (before
+    /// 6.3 it took no more than one).
+    fn write_protect(&self, range: HostRange, on: bool) -> Result<Done, OsError> {
+        let failed = |range, errno| Err(OsError::new(WRITEPROTECT, errno as i32).on(range));
+        match self.uffd.write_protect(range, on) {
+            Ok(()) => return Ok(Done::Yes),
+            Err(Errno::EAGAIN) => return Ok(Done::Again),
+            Err(Errno::ENOENT) => {}
+            Err(errno) => return failed(range, errno),
+        }
+        let pieces = match maps::read().map(|vmas| maps::cover(&vmas, range)) {
+            Ok(Ok(pieces)) if pieces.len() > 1 => pieces,
+            // One mapping, a gap, or unknown: the kernel's answer stands.
+            _ => return failed(range, Errno::ENOENT),
+        };
+        for piece in pieces {
+            match self.uffd.write_protect(piece.range, on) {
+                Ok(()) => {}
+                Err(Errno::EAGAIN) => return Ok(Done::Again),
+                Err(errno) => return failed(piece.range, errno),
+            }
+        }
+        Ok(Done::Yes)
+    }
+
+    /// Repeats `attempt` while it says `Again`, as long as `patience` lasts, with `meanwhile` between two attempts.
+    fn insist(
+        &self,
+        range: HostRange,
+        mut attempt: impl FnMut() -> Result<Done, OsError>,
+        mut meanwhile: impl FnMut() -> Result<(), OsError>,
+    ) -> Result<(), OsError> {
+        let mut started = None;
+        let mut pause = Duration::from_micros(10);
+        while attempt()? == Done::Again {
+            if started.get_or_insert_with(Instant::now).elapsed() > self.patience {
+                return Err(OsError::new(WRITEPROTECT, libc::EAGAIN).on(range));
+            }
+            meanwhile()?;
+            thread::sleep(pause);
+            pause = (pause * 2).min(Duration::from_millis(1));
+        }
+        Ok(())
+    }
+
+    /// Lifts and ends one registration.
+    fn disarm_one(&self, registration: Registration) -> Result<(), OsError> {
+        let Registration { range, prior } = registration;
+        // Whoever changes the mappings waits for its event to be read, and the reader may be gone: read them here.
+        let read = || {
+            event::read_now(&self.uffd, usize::MAX, &mut |message| {
+                self.take(message);
+            })
+            .map(drop)
+        };
+        let lifted = self.insist(range, || self.write_protect(range, false), read);
+        let ended = register::restore(&self.uffd, range, prior)
+            .map_err(|(op, errno)| OsError::new(op, errno as i32).on(range));
+        let Err(error) = lifted.and(ended) else { return Ok(()) };
+        // Part of the block may have been unmapped, or something else mapped there. Whatever is still registered is
+        // disarmed piece by piece; if that is nothing, there is nothing left to do.
+        let pieces = maps::registered_in(range).map_err(|_| error)?;
+        let mut first = None;
+        for piece in pieces {
+            let lifted = self.insist(piece, || self.write_protect(piece, false), read);
+            let ended = register::restore(&self.uffd, piece, prior)
+                .map_err(|(op, errno)| OsError::new(op, errno as i32).on(piece));
+            // Ending the registration lifts everything in it, so only if that fails is there something to report.
+            if ended.is_err() {
+                first = first.or(lifted.and(ended).err());
+            }
+        }
+        first.map_or(Ok(()), Err)
+    }
+
+    /// What a message means to the engine, having noted what it means to us.
+    fn take(&self, message: Message) -> Option<Event> {
+        match message {
+            Message::Event(event) => Some(event),
+            Message::Moved { from, to } => {
+                log::debug!(target: "ramshot::track", "{from} was moved to {to}");
+                self.moved.lock().unwrap_or_else(PoisonError::into_inner).push(HostRange::new(to, from.len));
+                Some(Event::Unmapped(from))
+            }
+            Message::Forked { .. } => None,
+            Message::Unknown(event) => {
+                log::warn!(target: "ramshot::track", "userfaultfd message {event:#x} is unknown and ignored");
+                None
+            }
+        }
+    }
+}
+
+impl WriteTracker for Tracker {
+    fn populated(&self, block: BlockIndex, each: &mut dyn FnMut(HostRange)) -> Result<(), OsError> {
+        let table = self.ram.table();
+        let (Some(ram_block), Some(pieces)) = (table.block(block), self.ram.pieces().get(usize::from(block.0))) else {
+            return Err(OsError::new("populated: no such RAM block", libc::EINVAL));
+        };
+        let within = ram_block.used_range();
+        populated(&self.page_table, pieces, self.ram.pieces(), within, ram_block.page_size, each)
+    }
+
+    fn protect(&self, range: HostRange) -> Result<(), OsError> {
+        let _under_way = self.protecting.read().unwrap_or_else(PoisonError::into_inner);
+        let attempt = || {
+            if self.disarmed.load(Ordering::Acquire) {
+                return Err(OsError::new("UFFDIO_WRITEPROTECT after disarming", libc::ECANCELED).on(range));
+            }
+            self.write_protect(range, true)
+        };
+        // Reading the event is the reader's; this thread only waits.
+        self.insist(range, attempt, || Ok(()))
+    }
+
+    fn release(&self, range: HostRange) -> Result<Done, OsError> {
+        match self.write_protect(range, false) {
+            // Nothing is registered any more: nothing is protected, and nobody is blocked.
+            Err(error) if error.errno == libc::ENOENT && self.disarmed.load(Ordering::Acquire) => Ok(Done::Yes),
+            result => result,
+        }
+    }
+
+    fn next_events(&self, events: &mut [Event], timeout_ms: Option<u32>) -> Result<usize, OsError> {
+        let deadline = event::deadline(timeout_ms);
+        while self.waiter.wait(&self.uffd, deadline)? == Woken::Messages {
+            let limit = events.len();
+            let mut free = events.iter_mut();
+            let mut count = 0;
+            event::read_now(&self.uffd, limit, &mut |message| {
+                if let Some(event) = self.take(message)
+                    && let Some(place) = free.next()
+                {
+                    *place = event;
+                    count += 1;
+                }
+            })?;
+            // None: another thread's release has settled it since, or the message was not for the engine.
+            if count > 0 || limit == 0 {
+                return Ok(count);
+            }
+        }
+        Ok(0)
+    }
+
+    fn interrupt(&self) {
+        self.waiter.interrupt();
+    }
+
+    fn disarm(&self) -> Result<(), OsError> {
+        self.disarmed.store(true, Ordering::Release);
+        // From here on nobody protects: who does now is waited for, who comes later sees the flag.
+        drop(self.protecting.write().unwrap_or_else(PoisonError::into_inner));
+        let mut list = self.list();
+        let mut first = None;
+        list.retain(|&registration| {
+            let result = self.disarm_one(registration);
+            let range = registration.range;
+            log::debug!(
+                target: "ramshot::track", "stop address {}, length {:#x}: {result:?}", range.start, range.len
+            );
+            first = first.or(result.err());
+            // Kept for another attempt.
+            result.is_err()
+        });
+        // Moved away while registered: the kernel took the registration along.
+        let moved = std::mem::take(&mut *self.moved.lock().unwrap_or_else(PoisonError::into_inner));
+        for range in moved {
+            let result = self.disarm_one(Registration { range, prior: 0 });
+            first = first.or(result.err());
+        }
+        // Whoever waits for an event to be read would wait for as long as the descriptor is open anywhere.
+        while event::read_now(&self.uffd, usize::MAX, &mut |_| ())? > 0 {}
+        first.map_or(Ok(()), Err)
+    }
+}
+
+impl Drop for Tracker {
+    fn drop(&mut self) {
+        if let Err(error) = self.disarm() {
+            log::error!(target: "ramshot::track", "disarming on drop: {error}; closing the descriptor lifts the rest");
+        }
+    }
+}

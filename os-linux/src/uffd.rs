@@ -1,0 +1,146 @@
+//! One userfaultfd context as a safe value: every ioctl of it that this crate issues.
+
+use std::fmt;
+use std::fs::File;
+use std::os::fd::{AsFd, AsRawFd, BorrowedFd, FromRawFd, OwnedFd, RawFd};
+
+use nix::errno::Errno;
+use ramshot_core::HostRange;
+
+use crate::uapi::{self, UffdioApi, UffdioRange, UffdioRegister, UffdioWriteprotect};
+
+/// How a userfaultfd is got.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+pub(crate) enum Way {
+    /// `/dev/userfaultfd` (6.1): permission by file mode, works where the system call is forbidden.
+    Device,
+    /// `userfaultfd(2)`.
+    Syscall,
+    /// `userfaultfd(2)` with `UFFD_USER_MODE_ONLY` (5.11): allowed to everybody, but a write by the kernel (KVM for
+    /// its vCPU, read(2)) into a protected page fails instead of waiting.
+    UserModeOnly,
+}
+
+impl Way {
+    pub(crate) const ALL: [Self; 3] = [Self::Device, Self::Syscall, Self::UserModeOnly];
+}
+
+impl fmt::Display for Way {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str(match self {
+            Self::Device => "/dev/userfaultfd",
+            Self::Syscall => "userfaultfd(2)",
+            Self::UserModeOnly => "userfaultfd(2), user mode only",
+        })
+    }
+}
+
+/// What failed, with which error number.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+pub(crate) struct Failed {
+    pub(crate) op: &'static str,
+    pub(crate) errno: Errno,
+}
+
+impl Failed {
+    fn by(op: &'static str) -> impl FnOnce(Errno) -> Self {
+        move |errno| Self { op, errno }
+    }
+}
+
+impl fmt::Display for Failed {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        // Errno prints as "EACCES: Permission denied".
+        write!(f, "{}: {}", self.op, self.errno)
+    }
+}
+
+/// A userfaultfd context.
+#[derive(Debug)]
+pub(crate) struct Uffd(OwnedFd);
+
+impl Uffd {
+    pub(crate) fn new(fd: OwnedFd) -> Self {
+        Self(fd)
+    }
+
+    /// A new context, non-blocking and close-on-exec, on which UFFDIO_API has not been called.
+    pub(crate) fn open(way: Way) -> Result<Self, Failed> {
+        let flags = libc::O_CLOEXEC | libc::O_NONBLOCK;
+        let fd = match way {
+            Way::Device => {
+                let device = File::options().read(true).write(true).open("/dev/userfaultfd").map_err(|error| Failed {
+                    op: "open /dev/userfaultfd",
+                    errno: Errno::from_raw(error.raw_os_error().unwrap_or(0)),
+                })?;
+                // SAFETY: `device` is an open descriptor; USERFAULTFD_IOC_NEW takes its flags by value. On any other
+                // device than the one meant, the ioctl is unknown and fails.
+                unsafe { uapi::ioctl_new(device.as_raw_fd(), flags) }.map_err(Failed::by("USERFAULTFD_IOC_NEW"))?
+            }
+            Way::Syscall => syscall(flags)?,
+            Way::UserModeOnly => syscall(flags | uapi::UFFD_USER_MODE_ONLY)?,
+        };
+        // SAFETY: the kernel has just made this descriptor for us (any number is valid, 0 too); nobody else owns it.
+        Ok(Self(unsafe { OwnedFd::from_raw_fd(fd) }))
+    }
+
+    /// UFFDIO_API with `features`; returns the features the kernel offers. With 0 it is a probe, and the context is
+    /// then of use for nothing that needs a feature.
+    pub(crate) fn api(&self, features: u64) -> Result<u64, Failed> {
+        let mut arg = UffdioApi { api: uapi::UFFD_API, features, ioctls: 0 };
+        // SAFETY: the descriptor is open and `arg` is a live `uffdio_api`, which the kernel reads and writes.
+        unsafe { uapi::ioctl_api(self.raw(), &raw mut arg) }.map_err(Failed::by("UFFDIO_API"))?;
+        Ok(arg.features)
+    }
+
+    /// UFFDIO_REGISTER; returns the bits of the ioctls that work on the range.
+    pub(crate) fn register(&self, range: HostRange, mode: u64) -> Result<u64, Errno> {
+        let mut arg = UffdioRegister { range: uffdio_range(range), mode, ioctls: 0 };
+        // SAFETY: the descriptor is open and `arg` is a live `uffdio_register`. The range is only an address to the
+        // kernel; registering changes no byte of memory.
+        unsafe { uapi::ioctl_register(self.raw(), &raw mut arg) }?;
+        Ok(arg.ioctls)
+    }
+
+    /// UFFDIO_UNREGISTER; wakes who is blocked in the range.
+    pub(crate) fn unregister(&self, range: HostRange) -> Result<(), Errno> {
+        let arg = uffdio_range(range);
+        // SAFETY: the descriptor is open and `arg` is a live `uffdio_range`, which the kernel only reads.
+        unsafe { uapi::ioctl_unregister(self.raw(), &raw const arg) }.map(drop)
+    }
+
+    /// UFFDIO_WRITEPROTECT: protects, or lifts the protection and wakes.
+    pub(crate) fn write_protect(&self, range: HostRange, on: bool) -> Result<(), Errno> {
+        let mode = if on { uapi::WRITEPROTECT_MODE_WP } else { 0 };
+        let mut arg = UffdioWriteprotect { range: uffdio_range(range), mode };
+        // SAFETY: the descriptor is open and `arg` is a live `uffdio_writeprotect`. Protecting changes no byte: at
+        // worst a writer waits.
+        unsafe { uapi::ioctl_writeprotect(self.raw(), &raw mut arg) }.map(drop)
+    }
+
+    /// Reads messages, as many as there are and fit; EAGAIN if there is none.
+    pub(crate) fn read(&self, into: &mut [u8]) -> Result<usize, Errno> {
+        nix::unistd::read(&self.0, into)
+    }
+
+    fn raw(&self) -> RawFd {
+        self.0.as_raw_fd()
+    }
+}
+
+impl AsFd for Uffd {
+    fn as_fd(&self) -> BorrowedFd<'_> {
+        self.0.as_fd()
+    }
+}
+
+fn uffdio_range(range: HostRange) -> UffdioRange {
+    UffdioRange { start: range.start.0, len: range.len }
+}
+
+fn syscall(flags: i32) -> Result<RawFd, Failed> {
+    // SAFETY: userfaultfd(2) takes its flags by value and touches no memory of ours.
+    let fd = Errno::result(unsafe { libc::syscall(libc::SYS_userfaultfd, flags) })
+        .map_err(Failed::by("userfaultfd"))?;
+    RawFd::try_from(fd).map_err(|_| Failed { op: "userfaultfd", errno: Errno::EOVERFLOW })
+}

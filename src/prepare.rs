@@ -1,0 +1,44 @@
+//! The usual way in: guest RAM of this process, an image in a file.
+
+use std::path::Path;
+use std::sync::Arc;
+
+use crate::engine::{Parts, Prepared, SetupFailed, prepare_with};
+use crate::file::{CreateError, FileSink, FileSinkOptions};
+use crate::options::Options;
+use crate::os::{GuestRam, TrackError, Tracker, TrackerOptions};
+
+/// Why a snapshot could not be prepared. The VM was not touched, nothing is left behind.
+#[derive(Debug, thiserror::Error)]
+#[non_exhaustive]
+pub enum PrepareError {
+    /// Writes to this RAM cannot be tracked here.
+    #[error("writes to guest RAM cannot be tracked: {0}")]
+    Track(#[from] TrackError),
+    /// The snapshot file cannot be created.
+    #[error(transparent)]
+    Create(#[from] CreateError),
+    /// Options or resources.
+    #[error(transparent)]
+    Setup(#[from] SetupFailed),
+}
+
+/// Prepares a snapshot of `ram` into the file `path`: opens and registers a userfaultfd, creates the file (under a name
+/// of its own until it is complete), allocates the pool, starts the threads. The VM runs meanwhile.
+///
+/// # Errors
+/// What is missing and what to do about it. `path` exists and `options.replace` is not set; its directory does not exist
+/// or cannot be written; another snapshot is being written to it; a setting is out of range.
+pub fn prepare(ram: &Arc<GuestRam>, path: impl AsRef<Path>, options: &Options) -> Result<Prepared, PrepareError> {
+    options.check().map_err(SetupFailed::from)?;
+    let file = FileSinkOptions { replace: options.replace, sync: options.sync, ..FileSinkOptions::default() };
+    let sink = Box::new(FileSink::create(path.as_ref(), ram.table(), &file)?);
+    let tracker = Tracker::open(Arc::clone(ram), &TrackerOptions::default())?;
+    let parts = Parts {
+        tracker: Arc::new(tracker),
+        ram: Arc::clone(ram) as Arc<dyn ramshot_core::RamSource>,
+        table: Arc::clone(ram.table()),
+        sink,
+    };
+    Ok(prepare_with(parts, options)?)
+}

@@ -1,0 +1,138 @@
+//! The command line.
+
+use std::path::PathBuf;
+
+use clap::{Parser, ValueEnum};
+use ramshot_tests::{Accel, Backing, Workload};
+
+/// Boots a guest, snapshots it live while it writes, verifies every page of the file against a copy of guest RAM taken
+/// at T0, restores it into a fresh VM, lets that run and check itself.
+#[derive(Parser, Clone, Debug)]
+#[command(name = "cargo xtask e2e", version)]
+pub struct Options {
+    /// A guest under KVM, or threads of this process as the guest. Without KVM the default falls back to threads, and
+    /// says so.
+    #[arg(long, value_enum)]
+    pub accel: Option<AccelArg>,
+    /// Guest RAM (K, M, G).
+    #[arg(long, default_value = "512M", value_parser = size)]
+    pub mem: u64,
+    /// vCPUs.
+    #[arg(long, default_value_t = 2, value_parser = clap::value_parser!(u32).range(1..=16))]
+    pub vcpus: u32,
+    /// What the guest does.
+    #[arg(long, value_enum, default_value = "random")]
+    pub workload: WorkloadArg,
+    /// Memory it writes to (K, M, G).
+    #[arg(long, default_value = "64M", value_parser = size)]
+    pub working_set: u64,
+    /// Writes a second and vCPU, or `max`.
+    #[arg(long, default_value = "max", value_parser = rate)]
+    pub rate: Rate,
+    /// What guest RAM is made of.
+    #[arg(long, value_enum, default_value = "anon")]
+    pub backing: BackingArg,
+    /// How many times.
+    #[arg(long, default_value_t = 1)]
+    pub runs: u32,
+    /// Where the snapshot files go; they are removed unless this is given.
+    #[arg(long)]
+    pub out: Option<PathBuf>,
+    /// One JSON object per run is appended to this file.
+    #[arg(long)]
+    pub json: Option<PathBuf>,
+    /// Seed of the first run; the next ones count up.
+    #[arg(long, default_value_t = 1)]
+    pub seed: u64,
+    /// Scan workers.
+    #[arg(long, default_value_t = 1)]
+    pub workers: usize,
+    /// Image writers.
+    #[arg(long, default_value_t = 1)]
+    pub writers: usize,
+    /// Pool size (K, M, G).
+    #[arg(long, default_value = "64M", value_parser = size)]
+    pub pool: u64,
+}
+
+/// Writes a second and vCPU.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+pub struct Rate(pub Option<u64>);
+
+#[derive(Clone, Copy, PartialEq, Eq, Debug, ValueEnum)]
+pub enum AccelArg {
+    Kvm,
+    Threads,
+}
+
+#[derive(Clone, Copy, PartialEq, Eq, Debug, ValueEnum)]
+pub enum WorkloadArg {
+    Idle,
+    Seq,
+    Random,
+}
+
+#[derive(Clone, Copy, PartialEq, Eq, Debug, ValueEnum)]
+pub enum BackingArg {
+    Anon,
+    Thp,
+    Memfd,
+    Hugetlb,
+}
+
+impl From<AccelArg> for Accel {
+    fn from(arg: AccelArg) -> Self {
+        match arg {
+            AccelArg::Kvm => Self::Kvm,
+            AccelArg::Threads => Self::Threads,
+        }
+    }
+}
+
+impl From<WorkloadArg> for Workload {
+    fn from(arg: WorkloadArg) -> Self {
+        match arg {
+            WorkloadArg::Idle => Self::Idle,
+            WorkloadArg::Seq => Self::Seq,
+            WorkloadArg::Random => Self::Random,
+        }
+    }
+}
+
+impl From<BackingArg> for Backing {
+    fn from(arg: BackingArg) -> Self {
+        match arg {
+            BackingArg::Anon => Self::Anon,
+            BackingArg::Thp => Self::Thp,
+            BackingArg::Memfd => Self::Memfd,
+            BackingArg::Hugetlb => Self::Hugetlb,
+        }
+    }
+}
+
+/// `64M` and the like.
+pub fn size(text: &str) -> Result<u64, String> {
+    let digits = text.trim_end_matches(|c: char| c.is_ascii_alphabetic());
+    let unit = match text.get(digits.len()..).unwrap_or_default() {
+        "" => 1,
+        "K" | "k" => 1 << 10,
+        "M" | "m" => 1 << 20,
+        "G" | "g" => 1 << 30,
+        other => return Err(format!("unit {other:?} is not K, M or G")),
+    };
+    let bytes = digits.parse::<u64>().ok().and_then(|n| n.checked_mul(unit));
+    match bytes {
+        Some(bytes) if bytes > 0 && bytes.is_multiple_of(4096) => Ok(bytes),
+        _ => Err("must be a positive multiple of 4096 bytes".to_owned()),
+    }
+}
+
+fn rate(text: &str) -> Result<Rate, String> {
+    if text == "max" {
+        return Ok(Rate(None));
+    }
+    match text.parse() {
+        Ok(n) if n > 0 => Ok(Rate(Some(n))),
+        _ => Err("must be `max` or a positive number of writes a second".to_owned()),
+    }
+}
