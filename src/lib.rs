@@ -30,6 +30,7 @@
 //!   tracking will work, and why not.
 //! - [`SnapshotFile`]: reading, verifying and restoring a snapshot. Works on every platform.
 //! - [`prepare_with`], [`ImageSink`], [`core`]: the parts, for a memory or a target of your own.
+//! - [`sim`]: a simulated VM with a kernel that has bad days, for tests.
 #![forbid(unsafe_code)]
 
 mod engine;
@@ -37,6 +38,7 @@ pub mod file;
 mod options;
 mod prepare;
 mod report;
+pub mod sim;
 pub mod sink;
 mod sync;
 

@@ -170,6 +170,8 @@ impl<W: AsRef<[u64]> + AsMut<[u64]>> PageBitmap<W> {
 
 #[cfg(test)]
 mod tests {
+    #![allow(clippy::unwrap_used)]
+
     use std::{vec, vec::Vec};
 
     use proptest::prelude::*;

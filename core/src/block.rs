@@ -255,8 +255,7 @@ impl BlockTable {
             // Cannot fail: at most MAX_BLOCKS, checked above.
             let _ = table.firsts.push(PageId(table.pages));
             let _ = table.blocks.push(*block);
-            table.pages =
-                table.pages.checked_add(block.pages()).ok_or(LayoutError::Wraps { block: block.name })?;
+            table.pages = table.pages.checked_add(block.pages()).ok_or(LayoutError::Wraps { block: block.name })?;
         }
         if table.pages == 0 {
             return Err(LayoutError::NoBlocks);

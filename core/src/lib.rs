@@ -46,6 +46,7 @@
 #[cfg(test)]
 extern crate std;
 
+mod ahead;
 mod bitmap;
 mod block;
 mod claim;
@@ -58,12 +59,11 @@ mod snapshot;
 mod tests;
 mod units;
 
+pub use ahead::ArmAhead;
 pub use bitmap::PageBitmap;
 pub use block::{Backing, BlockName, BlockTable, LayoutError, MAX_BLOCKS, MAX_NAME, RamBlock, Treatment};
 pub use claim::{CapturedRun, Claim, MAX_SLOTS_PER_CLAIM, Origin, ReleasedRun, SlotId, SlotList};
-pub use outcome::{
-    Cause, Counts, Discard, FaultOutcome, Next, PageSearchStatus, RequestOutcome, SetupError, Worker,
-};
+pub use outcome::{Cause, Counts, Discard, FaultOutcome, Next, PageSearchStatus, RequestOutcome, SetupError, Worker};
 pub use policy::{Limits, WhenFull};
 pub use seams::{Done, Event, OsError, RamSource, RamTarget, WriteTracker};
 pub use snapshot::Snapshot;

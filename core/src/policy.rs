@@ -1,5 +1,7 @@
 //! How far a claim reaches. Policy only: whatever these numbers are, the image is the same.
 
+use crate::units::{HostAddr, PAGE_SIZE, PageId, Run};
+
 /// Bounds and preferences of one snapshot.
 #[derive(Clone, Copy, PartialEq, Eq, Hash, Debug)]
 pub struct Limits {
@@ -79,6 +81,17 @@ impl FaultAround {
         self.scans_since = 0;
         self.pages
     }
+}
+
+/// The window of `want` pages (rounded up to a power of two), aligned in host address space so that a window of 2 MiB
+/// is one huge page, that holds `page`; cut to its block.
+pub(crate) fn window(page: PageId, want: u64, host: HostAddr, block: Run) -> Run {
+    let size = want.checked_next_power_of_two().unwrap_or(1 << 63);
+    let base = host.0 / PAGE_SIZE;
+    let start = (base + (page.0 - block.first.0)) & !(size - 1);
+    let from = start.saturating_sub(base);
+    let to = (start.saturating_add(size) - base).min(block.pages);
+    Run::new(PageId(block.first.0 + from), to - from)
 }
 
 #[cfg(test)]

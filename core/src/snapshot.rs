@@ -10,13 +10,17 @@ use crate::claim::{CapturedRun, Claim, Flight, MAX_SLOTS_PER_CLAIM, Origin, Rele
 use crate::outcome::{
     Cause, Counts, Discard, FaultOutcome, Next, PageSearchStatus, RequestOutcome, SetupError, Worker,
 };
-use crate::policy::{FaultAround, Limits, WhenFull};
+use crate::policy::{FaultAround, Limits, WhenFull, window};
 use crate::pool::{Budget, SlotPool};
 use crate::seams::OsError;
 use crate::units::{BlockIndex, HostAddr, HostRange, PAGE_SIZE, PageId, Run};
 
 #[cfg(test)]
 mod probe;
+mod search;
+
+#[cfg(test)]
+use crate::tests::Defect;
 
 #[derive(Clone, Debug, PartialEq, Eq, Hash)]
 struct InFlight {
@@ -51,7 +55,7 @@ pub struct Snapshot<T, W, const FAULTS: usize, const CLAIMS: usize> {
     /// The fault at the head of the queue that was last counted as held.
     held: Option<PageId>,
     #[cfg(test)]
-    defect: Option<crate::tests::Defect>,
+    defect: Option<Defect>,
 }
 
 /// Why a page cannot be claimed now.
@@ -113,7 +117,7 @@ where
         };
         // What a longer bitmap has beyond the image is no page of it: nobody could ever claim it.
         snapshot.pending.remove(Run::new(PageId(snapshot.table.pages()), u64::MAX));
-        snapshot.round_to_host_pages();
+        search::round_to_host_pages(&snapshot.table, &mut snapshot.pending);
         snapshot.counts.total = snapshot.pending.count();
         Ok(snapshot)
     }
@@ -131,7 +135,7 @@ where
         let ours = self.cause.is_none() && block.treatment == Treatment::Tracked;
         let outcome = match self.table.page_at(at).filter(|_| ours) {
             #[cfg(test)]
-            Some(page) if self.defect == Some(crate::tests::Defect::CapOnPages) && self.pool.is_full() => {
+            Some(page) if self.defect == Some(Defect::CapOnPages) && self.pool.is_full() => {
                 self.pending.remove(Run::new(page, 1));
                 FaultOutcome::Stale(self.host_page_at(index, at))
             }
@@ -140,15 +144,19 @@ where
                     FaultOutcome::Queued
                 } else {
                     #[cfg(test)]
-                    if self.defect == Some(crate::tests::Defect::FullQueueDropsFault) {
+                    if self.defect == Some(Defect::FullQueueDropsFault) {
                         return FaultOutcome::Queued;
                     }
                     return FaultOutcome::QueueFull;
                 }
             }
+            #[cfg(test)]
+            Some(page) if self.defect == Some(Defect::CapturedBeforeRead) && self.is_claimed(Run::new(page, 1)) => {
+                FaultOutcome::Stale(self.host_page_at(index, at))
+            }
             Some(page) if self.is_claimed(Run::new(page, 1)) => FaultOutcome::Waits,
             #[cfg(test)]
-            Some(_) if self.defect == Some(crate::tests::Defect::StaleNotWoken) => FaultOutcome::Waits,
+            Some(_) if self.defect == Some(Defect::StaleNotWoken) => FaultOutcome::Waits,
             _ => {
                 self.counts.stale_faults += 1;
                 FaultOutcome::Stale(self.host_page_at(index, at))
@@ -197,7 +205,7 @@ where
     pub fn cancel(&mut self, cause: Cause) -> bool {
         let first = self.cause.is_none();
         #[cfg(test)]
-        if self.defect == Some(crate::tests::Defect::LastCauseKept) {
+        if self.defect == Some(Defect::LastCauseKept) {
             self.cause = None;
         }
         self.cause.get_or_insert(cause);
@@ -239,7 +247,7 @@ where
             let before = self.around;
             let around = self.around.faulted(&self.limits);
             #[cfg(test)]
-            if self.defect == Some(crate::tests::Defect::FaultWaitsForWriter) && !self.pool.all_free() {
+            if self.defect == Some(Defect::FaultWaitsForWriter) && !self.pool.all_free() {
                 return Next::Full;
             }
             match self.claim(page, around, Budget::Urgent, Origin::Fault) {
@@ -308,7 +316,7 @@ where
     pub fn released(&mut self, run: CapturedRun) -> ReleasedRun {
         self.land(&run.flight);
         #[cfg(test)]
-        if self.defect == Some(crate::tests::Defect::SlotFreedAtRelease) {
+        if self.defect == Some(Defect::SlotFreedAtRelease) {
             self.pool.give_back(&run.flight.slots);
         }
         let pages = run.flight.run.pages;
@@ -379,56 +387,6 @@ where
 
     // ---- inside
 
-    fn next_in_scan(&mut self) -> Next {
-        let ahead = self.next_scannable(self.search.page);
-        let Some(page) = ahead.or_else(|| self.next_scannable(PageId(0))) else {
-            // Only blocks that are captured inside the pause are left; they are not the scan's.
-            return Next::Idle;
-        };
-        self.search.round_complete |= ahead.is_none();
-        match self.claim(page, self.limits.scan_pages, Budget::Scan, Origin::Scan) {
-            Ok(claim) => {
-                self.around.scanned();
-                Next::Claim(claim)
-            }
-            Err(_) => Next::Full,
-        }
-    }
-
-    fn next_in_pause(&mut self) -> Next {
-        match self.next_pause_page() {
-            None => Next::Done,
-            Some(page) => self
-                .claim(page, self.limits.scan_pages, Budget::Urgent, Origin::Pause)
-                .map_or(Next::Full, Next::Claim),
-        }
-    }
-
-    fn next_pause_page(&self) -> Option<PageId> {
-        self.table.iter().filter(|(_, b)| b.treatment == Treatment::InPause).find_map(|(i, _)| {
-            let run = self.table.block_run(i);
-            self.pending.next_set(run.first).filter(|&page| run.contains(page))
-        })
-    }
-
-    /// The first pending page at or after `from` that the scan may take.
-    fn next_scannable(&self, mut from: PageId) -> Option<PageId> {
-        loop {
-            let page = self.pending.next_set(from)?;
-            if !self.is_in_pause_block(page) {
-                return Some(page);
-            }
-            from = self.table.block_of(page).map(|b| self.table.block_run(b).end())?;
-        }
-    }
-
-    fn is_in_pause_block(&self, page: PageId) -> bool {
-        self.table
-            .block_of(page)
-            .and_then(|b| self.table.block(b))
-            .is_some_and(|b| b.treatment == Treatment::InPause)
-    }
-
     /// The writer blocked on `page` has to wait for a slot, or the policy says that it must not.
     fn hold(&mut self, page: PageId) {
         if self.held != Some(page) {
@@ -467,17 +425,11 @@ where
         self.pending.remove(run);
         // Cannot fail: there was room above.
         let _ = self.claims.push(InFlight { run, captured: false });
-        #[cfg(test)]
-        if self.defect == Some(crate::tests::Defect::CapturedBeforeRead) {
-            self.claims.pop();
-        }
         self.counts.slots_peak = self.counts.slots_peak.max(self.pool.in_use());
         if origin != Origin::Discard && origin != Origin::Pause {
             self.search.page = run.end();
         }
-        Ok(Claim {
-            flight: Flight { run, range, slots, origin, protected: block.treatment == Treatment::Tracked },
-        })
+        Ok(Claim { flight: Flight { run, range, slots, origin, protected: block.treatment == Treatment::Tracked } })
     }
 
     fn handle_loss(&mut self, range: HostRange, cause: fn(Run) -> Cause) -> bool {
@@ -508,33 +460,8 @@ where
         HostRange::new(HostAddr(at.0 & !(unit - 1)), unit)
     }
 
-    fn round_to_host_pages(&mut self) {
-        for (index, block) in self.table.iter() {
-            let unit = block.pages_per_host_page();
-            let whole = self.table.block_run(index);
-            let mut at = whole.first;
-            while unit > 1 {
-                let Some(page) = self.pending.next_set(at).filter(|&page| whole.contains(page)) else { break };
-                let first = whole.first.0 + (page.0 - whole.first.0) / unit * unit;
-                self.pending.insert(Run::new(PageId(first), unit));
-                at = PageId(first + unit);
-            }
-        }
-    }
-
     /// Pages in one pool slot.
     pub fn slot_pages(&self) -> u64 {
         self.pool.slot_pages()
     }
-}
-
-/// The window of `want` pages (rounded up to a power of two), aligned in host address space so that a window of 2 MiB
-/// is one huge page, that holds `page`; cut to its block.
-fn window(page: PageId, want: u64, host: HostAddr, block: Run) -> Run {
-    let size = want.checked_next_power_of_two().unwrap_or(1 << 63);
-    let base = host.0 / PAGE_SIZE;
-    let start = (base + (page.0 - block.first.0)) & !(size - 1);
-    let from = start.saturating_sub(base);
-    let to = (start.saturating_add(size) - base).min(block.pages);
-    Run::new(PageId(block.first.0 + from), to - from)
 }

@@ -26,6 +26,9 @@
 //! Usable RAM starts at [`layout::FIRST_USABLE`]. On the serial port the guest says `ramshot-guest: ready, ...` once RAM is
 //! filled; an exception is reported there, too, and halts that vCPU.
 //!
+//! A KVM guest of the test VM keeps its time stamp counter over a save and restore where KVM can offset it; where it cannot,
+//! the guest takes a jump of the counter for a fresh start.
+//!
 //! [`layout`] is where guest and VMM meet, [`rule`] what every page has to look like.
 #![forbid(unsafe_code)]
 

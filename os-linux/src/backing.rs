@@ -27,10 +27,9 @@ pub(crate) struct Piece {
 pub(crate) enum Content {
     /// In the page table: what is not there is zero.
     PageTable,
-    /// In the file: a page can be absent from our page table and still have content.
+    /// In the page table, and in the file: a page can be absent from our page table and still have content. (In a
+    /// private mapping the page table also has its own copies.)
     File(FileAt),
-    /// In both: a private mapping of a memory file, its own copies over the file's pages.
-    FileAndPageTable(FileAt),
     /// In the page table, if it has as many pages as the hugetlbfs file has; otherwise nowhere (hugetlbfs has no
     /// SEEK_DATA).
     HugeFile(FileAt),
@@ -209,8 +208,7 @@ fn mapped_file(vma: &Vma, backing: Backing) -> Option<FileAt> {
 fn content(block: &RamBlock, vma: &Vma, file: Option<FileAt>) -> Content {
     let content = match (block.backing, vma.shared, file) {
         (Backing::Anonymous, ..) => Content::PageTable,
-        (Backing::Shmem, true, Some(file)) => Content::File(file),
-        (Backing::Shmem, false, Some(file)) => Content::FileAndPageTable(file),
+        (Backing::Shmem, _, Some(file)) => Content::File(file),
         // MAP_PRIVATE | MAP_ANONYMOUS | MAP_HUGETLB: the kernel's unnamed file behind it stays empty.
         (Backing::HugeTlb, false, _) if vma.path.starts_with("/anon_hugepage") => Content::PageTable,
         (Backing::HugeTlb, true, Some(file)) => Content::HugeFile(file),

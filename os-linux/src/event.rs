@@ -44,9 +44,7 @@ fn decode(bytes: &[u8; MSG]) -> Message {
         uapi::EVENT_PAGEFAULT => Message::Event(Event::MissingFault { at: HostAddr(second) }),
         uapi::EVENT_REMOVE => Message::Event(Event::Discarded(from_to())),
         uapi::EVENT_UNMAP => Message::Event(Event::Unmapped(from_to())),
-        uapi::EVENT_REMAP => {
-            Message::Moved { from: HostRange::new(HostAddr(first), third), to: HostAddr(second) }
-        }
+        uapi::EVENT_REMAP => Message::Moved { from: HostRange::new(HostAddr(first), third), to: HostAddr(second) },
         uapi::EVENT_FORK => {
             // A 32-bit number at the start of the union.
             let [a, b, c, d, ..] = first.to_ne_bytes();
@@ -190,7 +188,10 @@ mod tests {
         assert_eq!(fault(0), Message::Event(Event::MissingFault { at: HostAddr(0x7000) }));
         assert_eq!(decode(&message(0x15, [0x7000, 0x9000, 0])), Message::Event(Event::Discarded(range)));
         assert_eq!(decode(&message(0x16, [0x7000, 0x9000, 0])), Message::Event(Event::Unmapped(range)));
-        assert_eq!(decode(&message(0x14, [0x7000, 0xa000, 0x2000])), Message::Moved { from: range, to: HostAddr(0xa000) });
+        assert_eq!(
+            decode(&message(0x14, [0x7000, 0xa000, 0x2000])),
+            Message::Moved { from: range, to: HostAddr(0xa000) }
+        );
         assert_eq!(decode(&message(0x13, [9, 0, 0])), Message::Forked { child: 9 });
         assert_eq!(decode(&message(0x77, [0; 3])), Message::Unknown(0x77));
         // A range that ends before it starts cannot wrap.

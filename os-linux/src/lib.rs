@@ -41,6 +41,7 @@
 //! # Ok(())
 //! # }
 //! ```
+#![cfg_attr(test, allow(clippy::unwrap_used))]
 
 mod backing;
 mod error;
@@ -53,6 +54,7 @@ mod probe;
 mod ram;
 mod register;
 pub mod storage;
+mod storm;
 mod tracker;
 mod uapi;
 mod uffd;

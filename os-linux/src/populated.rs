@@ -2,6 +2,7 @@
 //! by entry) and from memory files (`SEEK_DATA`). What it costs follows what is populated, not the nominal size.
 
 use std::fs::File;
+use std::ops::Range;
 use std::os::fd::AsRawFd;
 use std::os::unix::fs::{FileExt, MetadataExt};
 
@@ -32,14 +33,7 @@ pub(crate) fn populated(
         let mut push = |range| merged.push(range);
         match &piece.content {
             Content::PageTable => table.present(range, &mut push)?,
-            Content::File(file) => data(&at(file, piece, range), range, &mut push)?,
-            Content::FileAndPageTable(file) => {
-                let mut ranges = Vec::new();
-                table.present(range, &mut |r| ranges.push(r))?;
-                data(&at(file, piece, range), range, &mut |r| ranges.push(r))?;
-                ranges.sort_unstable_by_key(|r| r.start);
-                ranges.into_iter().for_each(push);
-            }
+            Content::File(file) => table.present_or_data(&at(file, piece, range), range, &mut push)?,
             Content::HugeFile(file) if table.has_all_of(file, piece, all)? => table.present(range, &mut push)?,
             Content::HugeFile(_) | Content::Unknown => push(range),
         }
@@ -124,6 +118,26 @@ impl PageTable {
         }
     }
 
+    /// What is in the page table, and where that has nothing, what is in the file: `range` starts there at
+    /// `file.offset`. (The page table first: walking it is several times faster than SEEK_HOLE.)
+    fn present_or_data(&self, file: &FileAt, range: HostRange, each: Each<'_>) -> Result<(), OsError> {
+        let mut seek = Seek::new(&file.file);
+        let mut at = range.start;
+        let mut result = Ok(());
+        let mut gap = |at: HostAddr, end: HostAddr, each: Each<'_>| {
+            let gap = HostRange::new(at, end.0.saturating_sub(at.0));
+            seek.data(file.offset.saturating_add(at.0 - range.start.0), gap, each)
+        };
+        self.present(range, &mut |present| {
+            if result.is_ok() {
+                result = gap(at, present.start, each);
+                each(present);
+                at = present.end();
+            }
+        })?;
+        result.and_then(|()| gap(at, range.end(), each))
+    }
+
     /// Whether our page tables have every page that the hugetlbfs file has, so that what is absent here is a hole there.
     fn has_all_of(&self, file: &FileAt, piece: &Piece, all: &[Vec<Piece>]) -> Result<bool, OsError> {
         if self.file.is_none() {
@@ -202,30 +216,59 @@ fn read_entries(file: &File, range: HostRange, each: Each<'_>) -> Result<(), OsE
     Ok(())
 }
 
-/// The data of a memory file, where it is mapped: `range` starts at `file.offset`.
-fn data(file: &FileAt, range: HostRange, each: Each<'_>) -> Result<(), OsError> {
-    let failed = |errno: Errno| OsError::new("lseek SEEK_DATA", errno as i32).on(range);
-    let seek = |from: u64, whence| {
-        let from = i64::try_from(from).map_err(|_| Errno::EOVERFLOW)?;
-        lseek(&file.file, from, whence).and_then(|at| u64::try_from(at).map_err(|_| Errno::EOVERFLOW))
-    };
-    let end = file.offset.saturating_add(range.len);
-    let mut from = file.offset;
-    while from < end {
-        let start = match seek(from, Whence::SeekData) {
-            Ok(start) if start < end => start,
-            // ENXIO: no data up to the end of the file.
-            Ok(_) | Err(Errno::ENXIO) => break,
-            Err(errno) => return Err(failed(errno)),
-        };
-        let stop = seek(start, Whence::SeekHole).map_err(failed)?.min(end);
-        if stop <= start {
-            return Err(failed(Errno::EIO));
-        }
-        each(HostRange::new(HostAddr(range.start.0 + (start - file.offset)), stop - start));
-        from = stop;
+/// Looks for data in a memory file, at ascending offsets. What one search has found out is not searched again: SEEK_HOLE
+/// walks over all the data up to the next hole, however far.
+struct Seek<'a> {
+    file: &'a File,
+    /// Up to `data` there is a hole from here.
+    from: u64,
+    data: Range<u64>,
+}
+
+impl<'a> Seek<'a> {
+    fn new(file: &'a File) -> Self {
+        Self { file, from: 0, data: 0..0 }
     }
-    Ok(())
+
+    /// The first run of data that ends after `at`, cut to start there; empty at the end if there is none.
+    fn next(&mut self, at: u64) -> Result<Range<u64>, OsError> {
+        if at < self.from || at >= self.data.end {
+            self.data = match self.seek(at, Whence::SeekData)? {
+                Some(start) => start..self.seek(start, Whence::SeekHole)?.unwrap_or(start),
+                None => u64::MAX..u64::MAX,
+            };
+            self.from = at;
+            if self.data.is_empty() && self.data.start != u64::MAX {
+                return Err(OsError::new("lseek SEEK_HOLE", libc::EIO));
+            }
+        }
+        Ok(self.data.start.max(at)..self.data.end)
+    }
+
+    /// `None`: not up to the end of the file.
+    fn seek(&self, from: u64, whence: Whence) -> Result<Option<u64>, OsError> {
+        let seek = |from| u64::try_from(lseek(self.file, from, whence)?).map_err(|_| Errno::EOVERFLOW);
+        match i64::try_from(from).map_err(|_| Errno::EOVERFLOW).and_then(seek) {
+            Ok(at) => Ok(Some(at)),
+            Err(Errno::ENXIO) => Ok(None),
+            Err(errno) => Err(OsError::new("lseek SEEK_DATA", errno as i32)),
+        }
+    }
+
+    /// The data of the part of the file that starts at `offset` and is mapped at `range`.
+    fn data(&mut self, offset: u64, range: HostRange, each: Each<'_>) -> Result<(), OsError> {
+        let end = offset.saturating_add(range.len);
+        let mut at = offset;
+        while at < end {
+            let data = self.next(at).map_err(|error| error.on(range))?;
+            if data.start >= end {
+                break;
+            }
+            at = data.end.min(end);
+            each(HostRange::new(HostAddr(range.start.0 + (data.start - offset)), at - data.start));
+        }
+        Ok(())
+    }
 }
 
 #[cfg(test)]
@@ -242,11 +285,36 @@ mod tests {
     }
 
     #[test]
+    fn data_is_sought_once_and_found_from_anywhere() {
+        let file = File::from(nix::sys::memfd::memfd_create(c"seek", nix::sys::memfd::MFdFlags::empty()).unwrap());
+        let page = base_page_size();
+        file.set_len(20 * page).unwrap();
+        for at in [2, 3, 4, 9] {
+            file.write_all_at(&[1], at * page).unwrap();
+        }
+        let mut seek = Seek::new(&file);
+        let mut next = |at: u64| {
+            let data = seek.next(at * page).unwrap();
+            (data.start / page, data.end / page)
+        };
+        assert_eq!([0, 1, 2, 3, 4].map(&mut next), [(2, 5), (2, 5), (2, 5), (3, 5), (4, 5)]);
+        assert_eq!([5, 9].map(&mut next), [(9, 10); 2]);
+        let none = u64::MAX / page;
+        assert_eq!([10, 19].map(&mut next), [(none, none); 2]);
+        assert_eq!(next(1), (2, 5), "back to the start");
+        // Cut to a part of the file, as it is mapped.
+        let mut found = Vec::new();
+        let range = HostRange::new(HostAddr(100 * page), 7 * page);
+        seek.data(3 * page, range, &mut |r| found.push((r.start.0 / page, r.len / page))).unwrap();
+        assert_eq!(found, [(100, 2), (106, 1)]);
+    }
+
+    #[test]
     fn ranges_are_widened_and_merged() {
-        assert_eq!(merged(0x1000, &[(0x1000, 0x2000), (0x2000, 0x2800), (0x4000, 0x5000)]), [
-            (0x1000, 0x3000),
-            (0x4000, 0x5000)
-        ]);
+        assert_eq!(
+            merged(0x1000, &[(0x1000, 0x2000), (0x2000, 0x2800), (0x4000, 0x5000)]),
+            [(0x1000, 0x3000), (0x4000, 0x5000)]
+        );
         assert_eq!(merged(0x20_0000, &[(0x1000, 0x2000), (0x1f_f000, 0x20_1000)]), [(0, 0x40_0000)]);
         assert_eq!(merged(0x1000, &[(0x1000, 0x9000), (0x2000, 0x3000)]), [(0x1000, 0x9000)]);
         assert_eq!(merged(0x1000, &[]), []);

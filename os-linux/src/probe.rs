@@ -8,7 +8,7 @@ use ramshot_core::{Backing, BlockIndex, RamBlock, Treatment};
 use crate::error::Missing;
 use crate::populated::PageTable;
 use crate::ram::GuestRam;
-use crate::register::{check_backing, check_block, register, restore};
+use crate::register::{check_backing, check_block, register};
 use crate::uapi;
 use crate::uffd::{Failed, Uffd, Way};
 
@@ -21,7 +21,12 @@ const FEATURES: [(u64, &str, &str, &str); 9] = [
     (uapi::FEATURE_EVENT_REMAP, "EVENT_REMAP", "4.11", "noticing that a block is moved"),
     (uapi::FEATURE_THREAD_ID, "THREAD_ID", "4.14", "naming the thread that waits"),
     (uapi::FEATURE_EXACT_ADDRESS, "EXACT_ADDRESS", "5.18", "the address within the page"),
-    (uapi::FEATURE_WP_UNPOPULATED, "WP_UNPOPULATED", "6.4", "protecting absent anonymous pages (not needed: they are zero)"),
+    (
+        uapi::FEATURE_WP_UNPOPULATED,
+        "WP_UNPOPULATED",
+        "6.4",
+        "protecting absent anonymous pages (not needed: they are zero)",
+    ),
     (uapi::FEATURE_WP_ASYNC, "WP_ASYNC", "6.7", "dirty tracking without faults"),
 ];
 
@@ -181,7 +186,7 @@ pub fn compatible(ram: &GuestRam) -> Vec<(BlockIndex, Result<(), Missing>)> {
         check_block(block, *features)?;
         register(uffd, block, 0)?;
         // Nothing is protected, so there is nothing this can fail to lift; closing the context would do as well.
-        let _ = restore(uffd, block.mapping(), 0);
+        let _ = uffd.unregister(block.mapping());
         Ok(())
     };
     ram.table().iter().map(|(index, block)| (index, verdict(block))).collect()

@@ -1,7 +1,7 @@
 //! Registering blocks with a userfaultfd, and why it may be refused.
 
 use nix::errno::Errno;
-use ramshot_core::{Backing, HostRange, RamBlock};
+use ramshot_core::{Backing, RamBlock};
 
 use crate::error::Missing;
 use crate::uapi;
@@ -38,21 +38,23 @@ pub(crate) fn check_backing(what: String, backing: Backing, features: u64) -> Re
     Err(Missing::new(what, why, remedy))
 }
 
-/// Registers the whole of `block` for write faults, besides the modes `prior` that it has already. After an error it is
-/// registered as before.
+/// Registers the whole of `block` for write faults, besides the modes `prior` that it has already. After an error
+/// nothing of it is registered, if nothing was before.
 pub(crate) fn register(uffd: &Uffd, block: &RamBlock, prior: u64) -> Result<(), Missing> {
     let range = block.mapping();
     let ioctls = uffd.register(range, uapi::REGISTER_MODE_WP | prior).map_err(|errno| {
         // The kernel checks every mapping in the range before it changes the first: a refusal has registered nothing,
         // and undoing it could hit somebody else's registration. Only memory can run out half-way.
-        if errno == Errno::ENOMEM {
-            let _ = restore(uffd, range, prior);
+        if errno == Errno::ENOMEM && prior == 0 {
+            let _ = uffd.unregister(range);
         }
         let (why, remedy) = explain(errno);
         Missing::new(what(block), format!("UFFDIO_REGISTER: {errno}: {why}"), remedy)
     })?;
     if ioctls & uapi::CAN_WRITEPROTECT == 0 {
-        let _ = restore(uffd, range, prior);
+        if prior == 0 {
+            let _ = uffd.unregister(range);
+        }
         return Err(Missing::new(
             what(block),
             format!("it registers, but cannot be write-protected (ioctls {ioctls:#x})"),
@@ -60,15 +62,6 @@ pub(crate) fn register(uffd: &Uffd, block: &RamBlock, prior: u64) -> Result<(), 
         ));
     }
     Ok(())
-}
-
-/// Ends the registration for write faults, which also lifts all protection and wakes; what `prior` says stays.
-pub(crate) fn restore(uffd: &Uffd, range: HostRange, prior: u64) -> Result<(), (&'static str, Errno)> {
-    if prior == 0 {
-        uffd.unregister(range).map_err(|errno| ("UFFDIO_UNREGISTER", errno))
-    } else {
-        uffd.register(range, prior).map(drop).map_err(|errno| ("UFFDIO_REGISTER", errno))
-    }
 }
 
 fn what(block: &RamBlock) -> String {

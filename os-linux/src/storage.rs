@@ -13,7 +13,8 @@ use nix::unistd::{Whence, lseek};
 const MAX_SLICES: usize = 1024;
 
 fn offset(at: u64) -> io::Result<i64> {
-    i64::try_from(at).map_err(|_| io::Error::new(io::ErrorKind::InvalidInput, format!("file offset {at:#x} is too large")))
+    i64::try_from(at)
+        .map_err(|_| io::Error::new(io::ErrorKind::InvalidInput, format!("file offset {at:#x} is too large")))
 }
 
 /// Reads into `into` from byte `at`; returns how many bytes, 0 at the end of the file.

@@ -1,5 +1,7 @@
 //! Write tracking of guest RAM by userfaultfd write protection.
 
+mod ending;
+
 use std::os::fd::OwnedFd;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError, RwLock};
@@ -8,15 +10,14 @@ use std::time::{Duration, Instant};
 
 use nix::errno::Errno;
 use nix::fcntl::{FcntlArg, OFlag, fcntl};
-use ramshot_core::{
-    BlockIndex, Done, Event, HostRange, OsError, RamBlock, Treatment, WriteTracker,
-};
+use ramshot_core::{BlockIndex, Done, Event, HostAddr, HostRange, OsError, RamBlock, Treatment, WriteTracker};
 
 use crate::error::{Missing, TrackError};
 use crate::event::{self, Message, Waiter, Woken};
 use crate::populated::{PageTable, populated};
 use crate::probe::{self, WANTED};
 use crate::ram::GuestRam;
+use crate::storm::Storm;
 use crate::uffd::{Uffd, Way};
 use crate::{maps, register, uapi};
 
@@ -29,9 +30,9 @@ pub struct TrackerOptions {
     /// the kernel into a protected page then fails instead of waiting, so `KVM_RUN` returns EFAULT for a vCPU's
     /// write, and `read(2)` into guest RAM fails. Default: no.
     pub user_mode_only: bool,
-    /// How long protecting and disarming wait for mappings that are being changed (EAGAIN) before they give up.
-    /// Default: 1 s. The change ends as soon as its event is read; the longest seen under a storm of `madvise` is
-    /// under 1 ms.
+    /// How long protecting waits for mappings that are being changed (EAGAIN) before it gives up, and disarming before
+    /// it does without waiting. Default: 1 s. One change ends as soon as its event is read; against a thread that did
+    /// nothing but discard, on two processors, protecting took up to 16 ms.
     pub patience: Duration,
 }
 
@@ -58,11 +59,15 @@ pub struct Tracker {
     waiter: Waiter,
     page_table: PageTable,
     patience: Duration,
+    /// Whether the kernel lifts the protection of what is unregistered (since 6.0; known by a feature of 6.4).
+    ending_lifts: bool,
+    /// What is registered: cut and moved as the kernel reports that mappings are.
     registered: Mutex<Vec<Registration>>,
-    /// Where registered ranges were moved to.
-    moved: Mutex<Vec<HostRange>>,
+    /// Held by the one that disarms.
+    disarming: Mutex<()>,
     /// Set when disarming begins; nothing is protected after that.
     disarmed: AtomicBool,
+    storm: Storm,
     /// Held for reading while protecting, taken for writing by disarm, so that it waits for what is under way.
     protecting: RwLock<()>,
     ram: Arc<GuestRam>,
@@ -72,8 +77,9 @@ pub struct Tracker {
 #[derive(Clone, Copy, Debug)]
 struct Registration {
     range: HostRange,
-    /// Modes it had before us (a lazy restore's), given back at the end.
+    /// Modes it had before us (a lazy restore's): then the registration is not ours to end.
     prior: u64,
+    page_size: u64,
 }
 
 impl Tracker {
@@ -110,7 +116,8 @@ impl Tracker {
     /// Takes over a userfaultfd of this process on which UFFDIO_API has been called: the one that a lazy restore runs
     /// on, or one that was made by a more privileged process. From then on this tracker reads its events.
     ///
-    /// Ranges that are registered for missing pages stay so, while tracked and after. To go on using the context
+    /// Ranges that are registered for missing pages stay so, while tracked and after (then for writes too, which costs
+    /// nothing while nothing is protected). To go on using the context
     /// afterwards, pass a duplicate of the descriptor: closing the last one while pages are missing makes them read as
     /// zeros. The descriptor is made non-blocking.
     ///
@@ -188,9 +195,13 @@ impl Tracker {
             waiter: Waiter::new()?,
             page_table: PageTable::open(),
             patience: options.patience,
+            ending_lifts: Way::ALL.into_iter().find_map(|way| probe::offered(way).ok()).unwrap_or(0)
+                & uapi::FEATURE_WP_UNPOPULATED
+                != 0,
             registered: Mutex::new(Vec::new()),
-            moved: Mutex::new(Vec::new()),
+            disarming: Mutex::new(()),
             disarmed: AtomicBool::new(false),
+            storm: Storm::new(),
             protecting: RwLock::new(()),
             ram,
         };
@@ -200,7 +211,7 @@ impl Tracker {
             let prior = prior(block);
             let (range, page_size) = (block.mapping(), block.page_size);
             register::register(&tracker.uffd, block, prior).map_err(TrackError::Block)?;
-            tracker.list().push(Registration { range, prior });
+            tracker.list().push(Registration { range, prior, page_size });
             log::debug!(
                 target: "ramshot::track",
                 "start block {}: page size {page_size}, address {}, length {:#x}", block.name, range.start, range.len
@@ -246,55 +257,37 @@ impl Tracker {
         mut meanwhile: impl FnMut() -> Result<(), OsError>,
     ) -> Result<(), OsError> {
         let mut started = None;
-        let mut pause = Duration::from_micros(10);
         while attempt()? == Done::Again {
             if started.get_or_insert_with(Instant::now).elapsed() > self.patience {
                 return Err(OsError::new(WRITEPROTECT, libc::EAGAIN).on(range));
             }
             meanwhile()?;
-            thread::sleep(pause);
-            pause = (pause * 2).min(Duration::from_millis(1));
+            // Short: the gaps between two changes are, and every attempt is a chance to hit one.
+            thread::sleep(Duration::from_micros(10));
         }
         Ok(())
     }
 
-    /// Lifts and ends one registration.
-    fn disarm_one(&self, registration: Registration) -> Result<(), OsError> {
-        let Registration { range, prior } = registration;
-        // Whoever changes the mappings waits for its event to be read, and the reader may be gone: read them here.
-        let read = || {
-            event::read_now(&self.uffd, usize::MAX, &mut |message| {
-                self.take(message);
-            })
-            .map(drop)
+    /// Reads all messages there are.
+    fn drain(&self) -> Result<(), OsError> {
+        let take = &mut |message| {
+            self.take(message);
         };
-        let lifted = self.insist(range, || self.write_protect(range, false), read);
-        let ended = register::restore(&self.uffd, range, prior)
-            .map_err(|(op, errno)| OsError::new(op, errno as i32).on(range));
-        let Err(error) = lifted.and(ended) else { return Ok(()) };
-        // Part of the block may have been unmapped, or something else mapped there. Whatever is still registered is
-        // disarmed piece by piece; if that is nothing, there is nothing left to do.
-        let pieces = maps::registered_in(range).map_err(|_| error)?;
-        let mut first = None;
-        for piece in pieces {
-            let lifted = self.insist(piece, || self.write_protect(piece, false), read);
-            let ended = register::restore(&self.uffd, piece, prior)
-                .map_err(|(op, errno)| OsError::new(op, errno as i32).on(piece));
-            // Ending the registration lifts everything in it, so only if that fails is there something to report.
-            if ended.is_err() {
-                first = first.or(lifted.and(ended).err());
-            }
-        }
-        first.map_or(Ok(()), Err)
+        while event::read_now(&self.uffd, usize::MAX, take)? > 0 {}
+        Ok(())
     }
 
     /// What a message means to the engine, having noted what it means to us.
     fn take(&self, message: Message) -> Option<Event> {
         match message {
+            Message::Event(Event::Unmapped(range)) => {
+                self.gone(range, None);
+                Some(Event::Unmapped(range))
+            }
             Message::Event(event) => Some(event),
             Message::Moved { from, to } => {
                 log::debug!(target: "ramshot::track", "{from} was moved to {to}");
-                self.moved.lock().unwrap_or_else(PoisonError::into_inner).push(HostRange::new(to, from.len));
+                self.gone(from, Some(to));
                 Some(Event::Unmapped(from))
             }
             Message::Forked { .. } => None,
@@ -322,24 +315,49 @@ impl WriteTracker for Tracker {
             if self.disarmed.load(Ordering::Acquire) {
                 return Err(OsError::new("UFFDIO_WRITEPROTECT after disarming", libc::ECANCELED).on(range));
             }
-            self.write_protect(range, true)
+            match self.write_protect(range, true) {
+                Err(error) if error.errno == libc::ENOENT && self.take_back(range)? => self.write_protect(range, true),
+                result => result,
+            }
         };
         // Reading the event is the reader's; this thread only waits.
         self.insist(range, attempt, || Ok(()))
     }
 
     fn release(&self, range: HostRange) -> Result<Done, OsError> {
-        match self.write_protect(range, false) {
-            // Nothing is registered any more: nothing is protected, and nobody is blocked.
-            Err(error) if error.errno == libc::ENOENT && self.disarmed.load(Ordering::Acquire) => Ok(Done::Yes),
-            result => result,
+        let error = match self.write_protect(range, false) {
+            Ok(Done::Yes) => {
+                self.storm.calm();
+                return Ok(Done::Yes);
+            }
+            Ok(Done::Again) if self.storm.is_unbearable() => return Ok(self.give_up(range)),
+            Ok(Done::Again) => return Ok(Done::Again),
+            Err(error) => error,
+        };
+        if error.errno != libc::ENOENT {
+            return Err(error);
         }
+        // Part of it is not registered any more. Whoever is blocked there must find out.
+        let _ = self.uffd.wake(range);
+        if self.disarmed.load(Ordering::Acquire) {
+            return Ok(Done::Yes);
+        }
+        let Some(parts) = self.storm.without_given_up(range) else { return Err(error) };
+        for part in parts {
+            if self.write_protect(part, false)? == Done::Again {
+                return Ok(Done::Again);
+            }
+        }
+        Ok(Done::Yes)
     }
 
     fn next_events(&self, events: &mut [Event], timeout_ms: Option<u32>) -> Result<usize, OsError> {
         let deadline = event::deadline(timeout_ms);
         while self.waiter.wait(&self.uffd, deadline)? == Woken::Messages {
             let limit = events.len();
+            if limit == 0 {
+                return Ok(0);
+            }
             let mut free = events.iter_mut();
             let mut count = 0;
             event::read_now(&self.uffd, limit, &mut |message| {
@@ -351,7 +369,7 @@ impl WriteTracker for Tracker {
                 }
             })?;
             // None: another thread's release has settled it since, or the message was not for the engine.
-            if count > 0 || limit == 0 {
+            if count > 0 {
                 return Ok(count);
             }
         }
@@ -366,26 +384,27 @@ impl WriteTracker for Tracker {
         self.disarmed.store(true, Ordering::Release);
         // From here on nobody protects: who does now is waited for, who comes later sees the flag.
         drop(self.protecting.write().unwrap_or_else(PoisonError::into_inner));
-        let mut list = self.list();
+        let _alone = self.disarming.lock().unwrap_or_else(PoisonError::into_inner);
         let mut first = None;
-        list.retain(|&registration| {
+        let mut failed = Vec::new();
+        loop {
+            // Up to date before each look at the list: what was unmapped is not ours any more, what was moved is
+            // elsewhere. And whoever waits for an event to be read would wait for as long as the descriptor is open.
+            let drained = self.drain();
+            first = first.or(drained.err());
+            let Some(registration) = self.list().pop() else { break };
             let result = self.disarm_one(registration);
             let range = registration.range;
             log::debug!(
                 target: "ramshot::track", "stop address {}, length {:#x}: {result:?}", range.start, range.len
             );
-            first = first.or(result.err());
-            // Kept for another attempt.
-            result.is_err()
-        });
-        // Moved away while registered: the kernel took the registration along.
-        let moved = std::mem::take(&mut *self.moved.lock().unwrap_or_else(PoisonError::into_inner));
-        for range in moved {
-            let result = self.disarm_one(Registration { range, prior: 0 });
-            first = first.or(result.err());
+            if let Err(error) = result {
+                first = first.or(Some(error));
+                failed.push(registration);
+            }
         }
-        // Whoever waits for an event to be read would wait for as long as the descriptor is open anywhere.
-        while event::read_now(&self.uffd, usize::MAX, &mut |_| ())? > 0 {}
+        // For another attempt.
+        *self.list() = failed;
         first.map_or(Ok(()), Err)
     }
 }

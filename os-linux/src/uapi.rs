@@ -243,3 +243,77 @@ const _: () = {
         assert!(request_code_readwrite!(b'f', 16, size_of::<PmScanArg>()) == 0xc060_6610);
     }
 };
+
+/// Ours against the bindings that bindgen makes from this machine's kernel headers.
+#[cfg(all(test, feature = "userfaultfd"))]
+mod tests {
+    use std::mem::offset_of;
+
+    use userfaultfd_sys as sys;
+
+    use super::*;
+
+    macro_rules! same_layout {
+        ($ours:ty, $theirs:ty: $($our_field:ident = $their_field:ident),+) => {
+            assert_eq!(size_of::<$ours>(), size_of::<$theirs>());
+            $(assert_eq!(
+                offset_of!($ours, $our_field),
+                offset_of!($theirs, $their_field),
+                concat!(stringify!($ours), ".", stringify!($our_field))
+            );)+
+        };
+    }
+
+    #[test]
+    fn layouts_are_those_of_the_headers() {
+        same_layout!(UffdioApi, sys::uffdio_api: api = api, features = features, ioctls = ioctls);
+        same_layout!(UffdioRange, sys::uffdio_range: start = start, len = len);
+        same_layout!(UffdioRegister, sys::uffdio_register: range = range, mode = mode, ioctls = ioctls);
+        same_layout!(UffdioWriteprotect, sys::uffdio_writeprotect: range = range, mode = mode);
+        same_layout!(UffdioCopy, sys::uffdio_copy: dst = dst, src = src, len = len, mode = mode, done = copy);
+        same_layout!(UffdioZeropage, sys::uffdio_zeropage: range = range, mode = mode, done = zeropage);
+        same_layout!(UffdMsg, sys::uffd_msg: event = event, arg = arg);
+        assert_eq!(size_of::<UffdioContinue>(), size_of::<sys::uffdio_continue>());
+    }
+
+    #[test]
+    #[allow(clippy::useless_conversion)]
+    fn numbers_are_those_of_the_headers() {
+        // Widened: the headers' constants come as u8, u32 or u64.
+        let pairs: [(u64, u64); 25] = [
+            (NR_API.into(), sys::_UFFDIO_API.into()),
+            (NR_REGISTER.into(), sys::_UFFDIO_REGISTER.into()),
+            (NR_UNREGISTER.into(), sys::_UFFDIO_UNREGISTER.into()),
+            (NR_WAKE.into(), sys::_UFFDIO_WAKE.into()),
+            (NR_COPY.into(), sys::_UFFDIO_COPY.into()),
+            (NR_ZEROPAGE.into(), sys::_UFFDIO_ZEROPAGE.into()),
+            (NR_WRITEPROTECT.into(), sys::_UFFDIO_WRITEPROTECT.into()),
+            (NR_CONTINUE.into(), sys::_UFFDIO_CONTINUE.into()),
+            (UFFDIO.into(), sys::UFFDIO.into()),
+            (EVENT_PAGEFAULT.into(), sys::UFFD_EVENT_PAGEFAULT.into()),
+            (EVENT_FORK.into(), sys::UFFD_EVENT_FORK.into()),
+            (EVENT_REMAP.into(), sys::UFFD_EVENT_REMAP.into()),
+            (EVENT_REMOVE.into(), sys::UFFD_EVENT_REMOVE.into()),
+            (EVENT_UNMAP.into(), sys::UFFD_EVENT_UNMAP.into()),
+            (FEATURE_PAGEFAULT_FLAG_WP.into(), sys::UFFD_FEATURE_PAGEFAULT_FLAG_WP.into()),
+            (FEATURE_EVENT_FORK.into(), sys::UFFD_FEATURE_EVENT_FORK.into()),
+            (FEATURE_EVENT_REMAP.into(), sys::UFFD_FEATURE_EVENT_REMAP.into()),
+            (FEATURE_EVENT_REMOVE.into(), sys::UFFD_FEATURE_EVENT_REMOVE.into()),
+            (FEATURE_EVENT_UNMAP.into(), sys::UFFD_FEATURE_EVENT_UNMAP.into()),
+            (FEATURE_MISSING_HUGETLBFS.into(), sys::UFFD_FEATURE_MISSING_HUGETLBFS.into()),
+            (FEATURE_MISSING_SHMEM.into(), sys::UFFD_FEATURE_MISSING_SHMEM.into()),
+            (FEATURE_SIGBUS.into(), sys::UFFD_FEATURE_SIGBUS.into()),
+            (FEATURE_THREAD_ID.into(), sys::UFFD_FEATURE_THREAD_ID.into()),
+            (PAGEFAULT_FLAG_WRITE.into(), sys::UFFD_PAGEFAULT_FLAG_WRITE.into()),
+            (PAGEFAULT_FLAG_WP.into(), sys::UFFD_PAGEFAULT_FLAG_WP.into()),
+        ];
+        assert!(pairs.iter().all(|(ours, theirs)| ours == theirs), "{pairs:x?}");
+        assert_eq!(UFFD_API, sys::UFFD_API);
+        assert_eq!(REGISTER_MODE_MISSING, sys::UFFDIO_REGISTER_MODE_MISSING);
+        assert_eq!(REGISTER_MODE_WP, sys::UFFDIO_REGISTER_MODE_WP);
+        assert_eq!(WRITEPROTECT_MODE_WP, sys::UFFDIO_WRITEPROTECT_MODE_WP);
+        assert_eq!(WRITEPROTECT_MODE_DONTWAKE, sys::UFFDIO_WRITEPROTECT_MODE_DONTWAKE);
+        assert_eq!(COPY_MODE_DONTWAKE, sys::UFFDIO_COPY_MODE_DONTWAKE);
+        assert_eq!(ZEROPAGE_MODE_DONTWAKE, sys::UFFDIO_ZEROPAGE_MODE_DONTWAKE);
+    }
+}

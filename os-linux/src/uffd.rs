@@ -69,9 +69,8 @@ impl Uffd {
         let flags = libc::O_CLOEXEC | libc::O_NONBLOCK;
         let fd = match way {
             Way::Device => {
-                let device = File::options().read(true).write(true).open("/dev/userfaultfd").map_err(|error| Failed {
-                    op: "open /dev/userfaultfd",
-                    errno: Errno::from_raw(error.raw_os_error().unwrap_or(0)),
+                let device = File::options().read(true).write(true).open("/dev/userfaultfd").map_err(|error| {
+                    Failed { op: "open /dev/userfaultfd", errno: Errno::from_raw(error.raw_os_error().unwrap_or(0)) }
                 })?;
                 // SAFETY: `device` is an open descriptor; USERFAULTFD_IOC_NEW takes its flags by value. On any other
                 // device than the one meant, the ioctl is unknown and fails.
@@ -102,11 +101,19 @@ impl Uffd {
         Ok(arg.ioctls)
     }
 
-    /// UFFDIO_UNREGISTER; wakes who is blocked in the range.
+    /// UFFDIO_UNREGISTER. Lifts the protection, but does not wake who waits for a write (6.18): see
+    /// [`wake`](Self::wake).
     pub(crate) fn unregister(&self, range: HostRange) -> Result<(), Errno> {
         let arg = uffdio_range(range);
         // SAFETY: the descriptor is open and `arg` is a live `uffdio_range`, which the kernel only reads.
         unsafe { uapi::ioctl_unregister(self.raw(), &raw const arg) }.map(drop)
+    }
+
+    /// UFFDIO_WAKE: whoever is blocked in the range tries again. The range need not be registered, nor mapped, any more.
+    pub(crate) fn wake(&self, range: HostRange) -> Result<(), Errno> {
+        let arg = uffdio_range(range);
+        // SAFETY: the descriptor is open and `arg` is a live `uffdio_range`, which the kernel only reads.
+        unsafe { uapi::ioctl_wake(self.raw(), &raw const arg) }.map(drop)
     }
 
     /// UFFDIO_WRITEPROTECT: protects, or lifts the protection and wakes.
@@ -140,7 +147,7 @@ fn uffdio_range(range: HostRange) -> UffdioRange {
 
 fn syscall(flags: i32) -> Result<RawFd, Failed> {
     // SAFETY: userfaultfd(2) takes its flags by value and touches no memory of ours.
-    let fd = Errno::result(unsafe { libc::syscall(libc::SYS_userfaultfd, flags) })
-        .map_err(Failed::by("userfaultfd"))?;
+    let fd =
+        Errno::result(unsafe { libc::syscall(libc::SYS_userfaultfd, flags) }).map_err(Failed::by("userfaultfd"))?;
     RawFd::try_from(fd).map_err(|_| Failed { op: "userfaultfd", errno: Errno::EOVERFLOW })
 }

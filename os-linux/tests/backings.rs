@@ -7,7 +7,9 @@ mod common;
 use std::os::unix::fs::FileExt;
 use std::sync::Arc;
 
-use common::{HUGE, HugePages, LONG, Memory, PAGE, events, is_registered, open, populated, ram, release, smaps, writer};
+use common::{
+    HUGE, HugePages, LONG, Memory, PAGE, events, is_registered, open, populated, ram, release, smaps, writer,
+};
 use nix::sys::memfd::MFdFlags;
 use nix::sys::mman::{MapFlags, MmapAdvise};
 use ramshot_core::{Backing, Event, RamSource, WriteTracker};
@@ -18,7 +20,10 @@ fn fault_and_release(memory: Memory, backing: Backing, unit: usize, at: usize) {
     memory.write(at, 1);
     let ram = memory.ram();
     let block = ram.table().blocks()[0];
-    assert_eq!((block.backing, block.page_size), (backing, if backing == Backing::HugeTlb { HUGE } else { PAGE } as u64));
+    assert_eq!(
+        (block.backing, block.page_size),
+        (backing, if backing == Backing::HugeTlb { HUGE } else { PAGE } as u64)
+    );
     let tracker = open(&ram);
     assert!(is_registered(memory.address(0), "uw"));
     let range = memory.range(at / unit * unit, unit);

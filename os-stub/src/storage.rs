@@ -54,6 +54,22 @@ pub fn sync_dir(path: &Path) -> io::Result<()> {
     }
 }
 
+/// Whether `path` still names `file`.
+///
+/// # Errors
+/// Always [`Unsupported`](io::ErrorKind::Unsupported): the standard library gives files no identity to compare.
+pub fn same_file(_file: &File, _path: &Path) -> io::Result<bool> {
+    Err(io::ErrorKind::Unsupported.into())
+}
+
+/// Where the next stored data begins at or after byte `at`: at `at`, holes are not known here.
+///
+/// # Errors
+/// None; the signature is the Linux shim's.
+pub fn next_data(_file: &File, at: u64) -> io::Result<Option<u64>> {
+    Ok(Some(at))
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;

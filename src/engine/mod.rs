@@ -3,6 +3,12 @@
 
 mod pool;
 mod shared;
+#[cfg(all(test, not(ramshot_shuttle)))]
+mod tests;
+#[cfg(all(test, ramshot_shuttle))]
+mod tests_shuttle;
+#[cfg(test)]
+mod tests_world;
 mod threads;
 
 use std::time::{Duration, Instant};
@@ -115,8 +121,7 @@ pub struct Handle {
 /// A setting out of range, a pool that cannot hold a host page, a thread that cannot be started.
 pub fn prepare_with(parts: Parts, options: &Options) -> Result<Prepared, SetupFailed> {
     options.check()?;
-    let Parts { tracker, ram, table, sink } = parts;
-    let host_page = table.blocks().iter().map(|b| b.page_size).max().unwrap_or(PAGE_SIZE);
+    let host_page = parts.table.blocks().iter().map(|b| b.page_size).max().unwrap_or(PAGE_SIZE);
     let (slot_pages, slots) = options.slots(host_page);
     let limits = Limits {
         slot_pages,
@@ -126,13 +131,19 @@ pub fn prepare_with(parts: Parts, options: &Options) -> Result<Prepared, SetupFa
         when_full: options.when_full,
         ..Limits::default()
     };
+    prepare_sized(parts, options, slots, limits)
+}
+
+/// With this pool and these limits, whatever the options say of them.
+fn prepare_sized(parts: Parts, options: &Options, slots: u16, limits: Limits) -> Result<Prepared, SetupFailed> {
+    let Parts { tracker, ram, table, sink } = parts;
     let words = zeroed(PageBitmap::<Vec<u64>>::words_for(table.pages()));
     let slot_words = zeroed(PageBitmap::<Vec<u64>>::words_for(u64::from(slots)));
     // Whatever `begin` could refuse is refused now, while the VM runs.
     try_core(&table, slots, slot_words.clone(), limits)
         .map_err(|source| SetupFailed::Pool { pool_bytes: options.pool_bytes, source })?;
 
-    let shared = Arc::new(Shared::new(tracker, ram, table, slots, slot_pages));
+    let shared = Arc::new(Shared::new(tracker, ram, table, slots, limits.slot_pages));
     let mut running = Running { shared: Arc::clone(&shared), threads: Vec::new(), sink: Some(Arc::new(sink)) };
     running.spawn("ramshot-faults", |shared, _| threads::serve_faults(shared))?;
     for _ in 0..options.workers {
@@ -141,7 +152,7 @@ pub fn prepare_with(parts: Parts, options: &Options) -> Result<Prepared, SetupFa
     for _ in 0..options.writers {
         running.spawn("ramshot-write", threads::write)?;
     }
-    log::debug!(target: "ramshot::snapshot", "prepared: {slots} slots of {slot_pages} pages");
+    log::debug!(target: "ramshot::snapshot", "prepared: {slots} slots of {} pages", limits.slot_pages);
     Ok(Prepared { running, words, slot_words, slots, limits })
 }
 
@@ -186,8 +197,8 @@ impl Prepared {
         let arm = begun.elapsed();
         {
             let mut state = shared.lock();
-            state.core = Some(core);
-            state.phase = Phase::Live;
+            state.go_live(core);
+            shared.announce_end(&mut state);
         }
         let live = Live { running, begun, begin: Duration::ZERO, arm, device_state };
         shared.capture_in_pause();
@@ -204,8 +215,8 @@ impl Prepared {
 /// Protects what is there and makes it pending.
 fn arm(shared: &Shared, words: Vec<u64>) -> Result<PageBitmap<Vec<u64>>, Cause> {
     let table = &shared.table;
-    let mut pending = PageBitmap::new(words, table.pages(), true)
-        .ok_or(Cause::Arm(OsError::new("setting up the bitmap", 0)))?;
+    let mut pending =
+        PageBitmap::new(words, table.pages(), true).ok_or(Cause::Arm(OsError::new("setting up the bitmap", 0)))?;
     let mut ranges: Vec<HostRange> = Vec::new();
     for (index, block) in table.iter() {
         if block.treatment == Treatment::Ignored {
@@ -236,9 +247,7 @@ impl Shared {
                 (Next::Claim(claim), buffers) => {
                     drop(state);
                     if let Some(job) = self.serve(claim, buffers) {
-                        let mut state = self.lock();
-                        state.undigested.push_back(job);
-                        self.work_changed(&state);
+                        self.hand_on(job);
                     }
                 }
                 (Next::Full, _) => drop(self.wait_for_work(state)),
@@ -349,9 +358,9 @@ impl Handle {
 
     /// Ends the snapshot without an image; returns at once.
     pub fn cancel(&self) {
-        let over = self.shared.lock().is_written();
-        if !over {
-            self.shared.end(Cause::Cancelled);
+        let mut state = self.shared.lock();
+        if !state.is_written() {
+            self.shared.end_locked(&mut state, Cause::Cancelled);
         }
     }
 
@@ -376,9 +385,7 @@ impl Handle {
                         let buffers = state.pool.take(&claim);
                         drop(state);
                         if let Some(job) = shared.serve(claim, buffers) {
-                            let mut state = shared.lock();
-                            state.undigested.push_back(job);
-                            shared.work_changed(&state);
+                            shared.hand_on(job);
                         }
                     }
                 }
@@ -421,7 +428,9 @@ impl Running {
         let Some(sink) = self.sink.clone() else { return Ok(()) };
         let thread = thread::Builder::new()
             .name(name.to_owned())
-            .spawn(move || body(&shared, &sink))
+            .spawn(move || {
+                shared.survive(|| body(&shared, &sink));
+            })
             .map_err(SetupFailed::Thread)?;
         self.threads.push(thread);
         Ok(())
@@ -432,12 +441,10 @@ impl Running {
         self.shared.lock().stop = true;
         self.shared.wake_all();
         for thread in self.threads.drain(..) {
-            // A thread that panicked has ended the snapshot by its watch.
+            // A panic inside has ended the snapshot.
             let _ = thread.join();
         }
-        if let Err(error) = self.shared.tracker.disarm() {
-            log::error!(target: "ramshot::snapshot", "disarm: {error}");
-        }
+        self.shared.disarm();
     }
 
     /// The sink, once the threads are gone.

@@ -1,14 +1,16 @@
 //! What the threads of one snapshot share: core's state behind one short lock, and the steps that more than one of them
 //! takes.
 //!
-//! Nothing slow happens under the lock: no copying, no system call but wake-ups, no allocation.
+//! Nothing slow happens under the lock: no copying, no allocation, no logging, no system call but wake-ups and the
+//! fault thread's reading of events, which must not wait.
 
 use std::collections::VecDeque;
+use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::time::Instant;
 
 use ramshot_core::{
-    BlockTable, CapturedRun, Cause, Claim, Done, HostAddr, Next, OsError, PAGE_SIZE, RamSource, SlotList, Snapshot, Worker,
-    WriteTracker,
+    BlockTable, CapturedRun, Cause, Claim, Done, Event, HostAddr, Next, OsError, PAGE_SIZE, RamSource, SlotList,
+    Snapshot, Worker, WriteTracker,
 };
 
 use super::pool::{Buffers, Job, Pool, queue};
@@ -49,10 +51,17 @@ pub(crate) struct State {
     pub(crate) sink_error: Option<SinkError>,
     /// Set once: every thread leaves as soon as it can.
     pub(crate) stop: bool,
+    /// Discards and the like that were heard of while memory was being armed; core hears of them first thing.
+    pub(crate) early_losses: Vec<Event>,
+    /// The fault thread has something to serve and no room for it: it wants to be interrupted when there is some.
+    pub(crate) faults_starve: bool,
     /// An end that came before core was there.
     early_cause: Option<Cause>,
     end_announced: bool,
     workers_waiting: usize,
+    /// Threads inside `WriteTracker::release`, on account of a claim.
+    releasing: usize,
+    disarmed: bool,
 }
 
 impl State {
@@ -68,10 +77,31 @@ impl State {
         self.core.as_ref().is_some_and(Core::is_written)
     }
 
+    /// T0: `core` decides from now on.
+    pub(crate) fn go_live(&mut self, mut core: Core) {
+        self.early_cause.into_iter().for_each(|cause| {
+            core.cancel(cause);
+        });
+        for event in self.early_losses.drain(..) {
+            hear_of_loss(&mut core, event);
+        }
+        self.core = Some(core);
+        self.phase = Phase::Live;
+    }
+
     /// Whether there is nothing more to capture, for good or ill.
     pub(crate) fn is_over(&self) -> bool {
         self.stop || self.cause().is_some() || self.is_captured()
     }
+}
+
+/// A discard or an unmapping ends the snapshot if it met a page that was not captured.
+pub(crate) fn hear_of_loss(core: &mut Core, event: Event) {
+    match event {
+        Event::Discarded(range) => core.handle_discarded(range),
+        Event::Unmapped(range) => core.handle_unmapped(range),
+        Event::WriteFault { .. } | Event::MissingFault { .. } => false,
+    };
 }
 
 pub(crate) struct Shared {
@@ -108,9 +138,13 @@ impl Shared {
             captured_at: None,
             sink_error: None,
             stop: false,
+            early_losses: Vec::new(),
+            faults_starve: false,
             early_cause: None,
             end_announced: false,
             workers_waiting: 0,
+            releasing: 0,
+            disarmed: false,
         };
         Self {
             state: Mutex::new(state),
@@ -129,7 +163,8 @@ impl Shared {
 
     // ---- waiting
 
-    /// Waits until there may be something to do for a worker, the fault thread or a discard.
+    /// Waits until there may be something to do for a worker or a discard. The fault thread does not wait here while the
+    /// snapshot lives: it has events to read, or releases are refused and discards hang.
     pub(crate) fn wait_for_work<'a>(&self, mut state: MutexGuard<'a, State>) -> MutexGuard<'a, State> {
         state.workers_waiting += 1;
         let mut state = wait(&self.work, state);
@@ -145,10 +180,13 @@ impl Shared {
         wait(&self.done, state)
     }
 
-    /// Something changed that workers may wait for. Costs nothing when none does.
-    pub(crate) fn work_changed(&self, state: &State) {
+    /// Something changed that workers or the fault thread may wait for. Costs nothing when none does.
+    pub(crate) fn work_changed(&self, state: &mut State) {
         if state.workers_waiting > 0 {
             self.work.notify_all();
+        }
+        if std::mem::take(&mut state.faults_starve) {
+            self.tracker.interrupt();
         }
     }
 
@@ -164,16 +202,10 @@ impl Shared {
 
     /// Ends the snapshot without an image, unless it has ended already.
     pub(crate) fn end(&self, cause: Cause) {
-        let mut state = self.lock();
-        Self::end_locked(&mut state, cause);
-        drop(state);
-        self.wake_all();
+        self.end_locked(&mut self.lock(), cause);
     }
 
-    fn end_locked(state: &mut State, cause: Cause) {
-        if state.cause().is_none() {
-            log::warn!(target: "ramshot::snapshot", "snapshot ends: {cause}");
-        }
+    pub(crate) fn end_locked(&self, state: &mut State, cause: Cause) {
         match &mut state.core {
             Some(core) => {
                 core.cancel(cause);
@@ -181,6 +213,43 @@ impl Shared {
             None => {
                 state.early_cause.get_or_insert(cause);
             }
+        }
+        self.announce_end(state);
+    }
+
+    /// If the snapshot has ended, whoever ended it (core can do so by itself), everybody hears of it, once.
+    pub(crate) fn announce_end(&self, state: &mut State) {
+        if state.cause().is_some() && !std::mem::replace(&mut state.end_announced, true) {
+            self.wake_all();
+        }
+    }
+
+    /// Calls code that is not ours. If it panics, the snapshot ends, so that neither the guest nor `finish` waits for a
+    /// thread that died; the thread lives on to help with the end.
+    pub(crate) fn survive<R>(&self, call: impl FnOnce() -> R) -> Option<R> {
+        let result = catch_unwind(AssertUnwindSafe(call));
+        if result.is_err() {
+            self.end(Cause::ThreadDied);
+        }
+        result.ok()
+    }
+
+    /// Lifts every protection, once; again only if that failed.
+    ///
+    /// Waits until nobody is inside a release: the kernel lifts a protection whoever has put it on, and as soon as this
+    /// snapshot is disarmed there may be another.
+    pub(crate) fn disarm(&self) {
+        let mut state = self.lock();
+        while state.releasing > 0 {
+            state = self.wait_for_work(state);
+        }
+        if state.disarmed {
+            return;
+        }
+        drop(state);
+        match self.tracker.disarm() {
+            Ok(()) => self.lock().disarmed = true,
+            Err(error) => log::error!(target: "ramshot::snapshot", "disarm: {error}"),
         }
     }
 
@@ -196,10 +265,9 @@ impl Shared {
             Next::Claim(claim) => state.pool.take(claim),
             _ => Buffers::new(),
         };
-        if matches!(next, Next::Ended) && !state.end_announced {
-            // Core can end by itself (a full pool whose policy is to cancel): everybody has to hear of it, once.
-            state.end_announced = true;
-            self.wake_all();
+        if matches!(next, Next::Ended) {
+            // A full pool whose policy is to cancel.
+            self.announce_end(state);
         }
         (next, buffers)
     }
@@ -207,53 +275,75 @@ impl Shared {
     /// From claim to release: the copy and the unprotect call, nothing else. `None`: the release has to be tried again
     /// later, or the snapshot has ended.
     pub(crate) fn serve(&self, claim: Claim, mut buffers: Buffers) -> Option<Job> {
-        if let Err(error) = self.copy(&claim, &mut buffers) {
-            let mut state = self.lock();
-            Self::give_back(&mut state, &slot_list(claim.slots()), buffers);
+        let copied = self.survive(|| self.copy(&claim, &mut buffers)).unwrap_or(Err(PANICKED));
+        let mut state = self.lock();
+        if let Err(error) = copied {
+            state.pool.put(&slot_list(claim.slots()), buffers);
             if let Some(core) = &mut state.core {
                 core.capture_failed(claim, error);
             }
-            drop(state);
-            self.wake_all();
+            self.announce_end(&mut state);
             return None;
         }
-        let captured = self.lock().core.as_mut().map(|core| core.captured(claim))?;
-        self.release(captured, buffers)
+        let captured = state.core.as_mut().map(|core| core.captured(claim))?;
+        let job = self.release(state, captured, buffers);
+        if job.is_none() {
+            // It may have to be tried again, which is the fault thread's business, after reading the events.
+            self.tracker.interrupt();
+        }
+        job
     }
 
-    /// Lifts the protection of a captured run.
-    pub(crate) fn release(&self, captured: CapturedRun, buffers: Buffers) -> Option<Job> {
-        let answer = if captured.is_protected() { self.tracker.release(captured.range()) } else { Ok(Done::Yes) };
-        let mut state = self.lock();
+    /// Lifts the protection of a captured run. `None`: it has to be tried again later, or the snapshot has ended.
+    pub(crate) fn release<'a>(
+        &'a self,
+        mut state: MutexGuard<'a, State>,
+        captured: CapturedRun,
+        buffers: Buffers,
+    ) -> Option<Job> {
+        // After the end, the disarm lifts everything.
+        let answer = if state.cause().is_some() {
+            Err(OsError::new("release after the end", 0))
+        } else if captured.is_protected() {
+            state.releasing += 1;
+            drop(state);
+            let answer = self.survive(|| self.tracker.release(captured.range())).unwrap_or(Err(PANICKED));
+            state = self.lock();
+            state.releasing -= 1;
+            answer
+        } else {
+            Ok(Done::Yes)
+        };
+        self.work_changed(&mut state);
         match answer {
             Ok(Done::Yes) => {
                 let run = state.core.as_mut().map(|core| core.released(captured))?;
-                self.work_changed(&state);
                 if state.is_captured() {
                     state.captured_at = Some(Instant::now());
-                    drop(state);
-                    log::debug!(target: "ramshot::snapshot", "all pages captured");
                     self.wake_all();
                 }
                 Some(Job { run, buffers })
             }
             Ok(Done::Again) => {
-                // The fault thread reads the event that stands in the way, then tries again.
                 state.retries.push((captured, buffers));
-                drop(state);
-                self.tracker.interrupt();
                 None
             }
             Err(error) => {
-                Self::give_back(&mut state, &slot_list(captured.slots()), buffers);
+                state.pool.put(&slot_list(captured.slots()), buffers);
                 if let Some(core) = &mut state.core {
                     core.release_failed(captured, error);
                 }
-                drop(state);
-                self.wake_all();
+                self.announce_end(&mut state);
                 None
             }
         }
+    }
+
+    /// A job of a thread that has better things to do: digests are the workers' business.
+    pub(crate) fn hand_on(&self, job: Job) {
+        let mut state = self.lock();
+        state.undigested.push_back(job);
+        self.work_changed(&mut state);
     }
 
     /// A digested job: on to the writers, or done already if there is nothing but zeros in it.
@@ -282,10 +372,6 @@ impl Shared {
         }
     }
 
-    fn give_back(state: &mut State, ids: &SlotList, buffers: Buffers) {
-        state.pool.put(ids, buffers);
-    }
-
     fn copy(&self, claim: &Claim, buffers: &mut Buffers) -> Result<(), OsError> {
         let range = claim.range();
         let (mut at, end) = (range.start, range.end());
@@ -297,6 +383,9 @@ impl Shared {
         Ok(())
     }
 }
+
+/// What stands for the answer of a call that panicked; the cause is `ThreadDied` by then.
+const PANICKED: OsError = OsError::new("a call that panicked", 0);
 
 fn slot_list(ids: &[ramshot_core::SlotId]) -> SlotList {
     ids.iter().copied().collect()

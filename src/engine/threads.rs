@@ -3,12 +3,12 @@
 use std::time::Instant;
 
 use heapless::Vec as Array;
-use ramshot_core::{Cause, Done, Event, FaultOutcome, HostAddr, HostRange, Next, PAGE_SIZE, Worker};
+use ramshot_core::{Cause, Done, Event, FaultOutcome, HostAddr, HostRange, Next, OsError, PAGE_SIZE, Worker};
 
 use super::pool::Job;
-use super::shared::{Phase, Shared, State};
+use super::shared::{Phase, Shared, State, hear_of_loss};
 use crate::sink::ImageSink;
-use crate::sync::{Arc, thread};
+use crate::sync::{Arc, MutexGuard};
 
 /// Events read at a time.
 const BATCH: usize = 64;
@@ -17,74 +17,68 @@ const WRITE_BATCH: u64 = 4 << 20;
 /// While a release has to be retried, events are waited for no longer than this.
 const RETRY_MS: u32 = 1;
 
-/// Ends the snapshot if its thread dies, so that neither the guest nor `finish` waits for a dead thread.
-struct Watch<'a>(&'a Shared);
-
-impl Drop for Watch<'_> {
-    fn drop(&mut self) {
-        if thread::panicking() {
-            self.0.end(Cause::ThreadDied);
-        }
-    }
-}
-
-/// Disarms when the fault thread leaves, however it leaves.
-struct Disarm<'a>(&'a Shared);
-
-impl Drop for Disarm<'_> {
-    fn drop(&mut self) {
-        if let Err(error) = self.0.tracker.disarm() {
-            log::error!(target: "ramshot::snapshot", "disarm: {error}");
-        }
-    }
-}
-
 /// The fault thread: reads events, serves faults, and nothing else. It leaves when everything is captured or the
-/// snapshot has ended, and disarms on its way out.
+/// snapshot has ended, and disarms on its way out, however it leaves.
 pub(crate) fn serve_faults(shared: &Shared) {
-    let _disarm = Disarm(shared);
-    let _watch = Watch(shared);
-    let mut events = [Event::WriteFault { at: HostAddr(0) }; BATCH];
-    let mut server = FaultServer { shared, held: Vec::with_capacity(1024), stale: Vec::with_capacity(1024) };
-    loop {
-        let timeout = server.has_retries().then_some(RETRY_MS);
-        let read = match shared.tracker.next_events(&mut events, timeout) {
-            Ok(count) => events.get(..count).unwrap_or_default(),
-            Err(error) => {
-                shared.end(Cause::Events(error));
-                return;
-            }
-        };
-        if !server.handle(read, Instant::now()) {
-            return;
-        }
+    let room = 1024;
+    let mut server = FaultServer {
+        shared,
+        held: Vec::with_capacity(room),
+        stale: Vec::with_capacity(room),
+        foreign: Vec::with_capacity(room),
+    };
+    if let Some(Err(error)) = shared.survive(|| server.run()) {
+        shared.end(Cause::Events(error));
+    }
+    shared.disarm();
+    let cause = shared.lock().cause();
+    match cause {
+        Some(cause) => log::warn!(target: "ramshot::snapshot", "snapshot ended: {cause}"),
+        None => log::debug!(target: "ramshot::snapshot", "all pages captured"),
     }
 }
 
 struct FaultServer<'a> {
     shared: &'a Shared,
-    /// Events that core has not taken yet: they came while memory was being armed, or the fault queue was full.
+    /// Write faults that core has not taken yet: they came while memory was being armed, or its queue was full.
     held: Vec<Event>,
     /// Stale faults whose release the kernel put off.
     stale: Vec<HostRange>,
+    /// Faults that are not ours, to be logged.
+    foreign: Vec<HostAddr>,
 }
 
-impl FaultServer<'_> {
-    fn has_retries(&self) -> bool {
-        !self.stale.is_empty() || !self.shared.lock().retries.is_empty()
+impl<'a> FaultServer<'a> {
+    /// Waits, reads, serves, until there is nothing more to capture.
+    fn run(&mut self) -> Result<(), OsError> {
+        let mut events = [Event::WriteFault { at: HostAddr(0) }; BATCH];
+        let shared = self.shared;
+        loop {
+            let retries = !self.stale.is_empty() || !shared.lock().retries.is_empty();
+            shared.tracker.next_events(&mut [], retries.then_some(RETRY_MS))?;
+            // Read under the lock: a discard goes on as soon as its event is read, and what is captured after that must
+            // not count as captured before it.
+            let mut state = shared.lock();
+            let count = shared.tracker.next_events(&mut events, Some(0))?;
+            let read_at = Instant::now();
+            self.take_in(&mut state, events.get(..count).unwrap_or_default());
+            let go_on = match state.phase {
+                Phase::Prepared => !state.is_over(),
+                // `begin` interrupts us when it is through.
+                Phase::Arming => !state.stop,
+                Phase::Live => self.serve_all(state, read_at),
+            };
+            if !go_on {
+                return Ok(());
+            }
+        }
     }
 
-    /// Takes events in and serves until nothing is left. False: the work of this thread is over.
-    fn handle(&mut self, events: &[Event], read_at: Instant) -> bool {
-        self.held.extend_from_slice(events);
+    /// Serves until nothing is left that can be served now. False: the work of this thread is over.
+    fn serve_all(&mut self, mut state: MutexGuard<'a, State>, read_at: Instant) -> bool {
         loop {
-            let mut state = self.shared.lock();
-            match state.phase {
-                Phase::Prepared => self.held.clear(),
-                // `begin` interrupts us when it is through.
-                Phase::Arming => return !state.stop,
-                Phase::Live => self.take_in(&mut state),
-            }
+            self.offer_faults(&mut state);
+            self.shared.announce_end(&mut state);
             let over = state.is_over();
             drop(state);
             self.release_stale();
@@ -92,45 +86,54 @@ impl FaultServer<'_> {
                 return false;
             }
             self.retry_releases();
-            if self.serve(read_at) && self.held.is_empty() {
+            // Whatever frees room, or ends it all, interrupts us.
+            if self.serve(read_at) == Served::AllButNoRoom || self.held.is_empty() {
                 return true;
             }
+            state = self.shared.lock();
         }
     }
 
-    /// Hands the events held to core, as many as its queue takes.
-    fn take_in(&mut self, state: &mut State) {
-        let mut taken = 0;
-        for event in &self.held {
-            let Some(core) = &mut state.core else { break };
-            match *event {
-                Event::WriteFault { at } => match core.handle_fault(at) {
-                    FaultOutcome::Queued | FaultOutcome::Waits => {}
-                    FaultOutcome::Stale(range) => self.stale.push(range),
-                    FaultOutcome::NotOurs => {
-                        state.foreign_faults += 1;
-                        log::error!(target: "ramshot::snapshot", "write fault at {at}, which is in no RAM block");
-                        self.stale.push(HostRange::new(HostAddr(at.0 & !(PAGE_SIZE - 1)), PAGE_SIZE));
-                    }
-                    FaultOutcome::QueueFull => break,
-                },
+    /// What became of memory is settled at once; write faults are held.
+    fn take_in(&mut self, state: &mut State, events: &[Event]) {
+        for &event in events {
+            match event {
+                // Nothing is protected yet.
+                Event::WriteFault { .. } if state.phase == Phase::Prepared => {}
+                Event::WriteFault { .. } => self.held.push(event),
                 Event::MissingFault { at } => {
                     state.foreign_faults += 1;
-                    log::error!(target: "ramshot::snapshot", "missing-page fault at {at}: nobody restores this VM");
+                    self.foreign.push(at);
                 }
-                Event::Discarded(range) => {
-                    core.handle_discarded(range);
-                }
-                Event::Unmapped(range) => {
-                    core.handle_unmapped(range);
-                }
+                Event::Discarded(_) | Event::Unmapped(_) => match (&mut state.core, state.phase) {
+                    (Some(core), _) => hear_of_loss(core, event),
+                    (None, Phase::Arming) => state.early_losses.push(event),
+                    (None, _) => {}
+                },
             }
-            taken += 1;
         }
-        self.held.drain(..taken);
     }
 
-    /// Wakes the writers of stale faults.
+    /// Hands the faults held to core, as many as its queue takes.
+    fn offer_faults(&mut self, state: &mut State) {
+        let Some(core) = &mut state.core else { return };
+        self.held.retain(|event| {
+            let Event::WriteFault { at } = *event else { return false };
+            match core.handle_fault(at) {
+                FaultOutcome::Queued | FaultOutcome::Waits => {}
+                FaultOutcome::Stale(range) => self.stale.push(range),
+                FaultOutcome::NotOurs => {
+                    state.foreign_faults += 1;
+                    self.foreign.push(at);
+                    self.stale.push(HostRange::new(HostAddr(at.0 & !(PAGE_SIZE - 1)), PAGE_SIZE));
+                }
+                FaultOutcome::QueueFull => return true,
+            }
+            false
+        });
+    }
+
+    /// Wakes the writers of stale faults and of those that are not ours.
     fn release_stale(&mut self) {
         self.stale.retain(|&range| match self.shared.tracker.release(range) {
             Ok(Done::Yes) => false,
@@ -142,6 +145,9 @@ impl FaultServer<'_> {
                 false
             }
         });
+        for at in self.foreign.drain(..) {
+            log::error!(target: "ramshot::snapshot", "fault at {at}: in no RAM block, or a page that nobody restores");
+        }
     }
 
     /// Tries again what the kernel put off, each once.
@@ -153,15 +159,14 @@ impl FaultServer<'_> {
                 return;
             }
             let (captured, buffers) = state.retries.remove(0);
-            drop(state);
-            if let Some(job) = self.shared.release(captured, buffers) {
-                self.hand_on(job);
+            if let Some(job) = self.shared.release(state, captured, buffers) {
+                self.shared.hand_on(job);
             }
         }
     }
 
-    /// Serves what is queued. False if the pool was full: there is more.
-    fn serve(&self, read_at: Instant) -> bool {
+    /// Serves what is queued.
+    fn serve(&self, read_at: Instant) -> Served {
         loop {
             let mut state = self.shared.lock();
             match self.shared.next_claim(&mut state, Worker::Faults) {
@@ -169,30 +174,28 @@ impl FaultServer<'_> {
                     drop(state);
                     if let Some(job) = self.shared.serve(claim, buffers) {
                         self.shared.lock().service.record(read_at.elapsed());
-                        self.hand_on(job);
+                        self.shared.hand_on(job);
                     }
                 }
                 (Next::Full, _) => {
-                    drop(self.shared.wait_for_work(state));
-                    return false;
+                    state.faults_starve = true;
+                    return Served::AllButNoRoom;
                 }
-                (Next::Idle | Next::Done, _) => return true,
-                (Next::Ended, _) => return false,
+                (Next::Idle | Next::Done | Next::Ended, _) => return Served::All,
             }
         }
     }
+}
 
-    /// Digests are the workers' business.
-    fn hand_on(&self, job: Job) {
-        let mut state = self.shared.lock();
-        state.undigested.push_back(job);
-        self.shared.work_changed(&state);
-    }
+#[derive(Clone, Copy, PartialEq, Eq)]
+enum Served {
+    All,
+    /// There is more, but no slot or no claim is free.
+    AllButNoRoom,
 }
 
 /// A scan worker: copies what is pending, and computes the digests of all that is copied.
 pub(crate) fn scan(shared: &Shared) {
-    let _watch = Watch(shared);
     let mut state = shared.lock();
     while !state.stop {
         if let Some(mut job) = state.undigested.pop_front() {
@@ -218,7 +221,6 @@ pub(crate) fn scan(shared: &Shared) {
 
 /// A writer: hands what is digested to the sink, several runs at a time.
 pub(crate) fn write(shared: &Shared, sink: &Arc<Box<dyn ImageSink>>) {
-    let _watch = Watch(shared);
     let mut batch: Array<Job, 64> = Array::new();
     let mut state = shared.lock();
     loop {
@@ -241,7 +243,7 @@ pub(crate) fn write(shared: &Shared, sink: &Arc<Box<dyn ImageSink>>) {
         if wanted {
             let mut pieces = Vec::with_capacity(64);
             batch.iter().for_each(|job| job.pieces(&mut pieces));
-            if let Err(error) = sink.write(&pieces) {
+            if let Some(Err(error)) = shared.survive(|| sink.write(&pieces)) {
                 log::error!(target: "ramshot::snapshot", "image: {error}");
                 shared.lock().sink_error.get_or_insert(error);
                 shared.end(Cause::Sink);

@@ -1,5 +1,7 @@
 //! What the writer remembers of the pages it was given: state and CRC, in chunks that exist only where pages came.
 
+use std::fmt;
+
 use ramshot_core::{PageId, Run};
 
 use super::format::MAX_RUN;
@@ -139,5 +141,11 @@ impl PageTable {
             }
         }
         Ok(())
+    }
+}
+
+impl fmt::Debug for PageTable {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.debug_struct("PageTable").field("data_pages", &self.data_pages).finish_non_exhaustive()
     }
 }

@@ -369,7 +369,8 @@ fn parse_blocks((section, bytes): (Section, Vec<u8>), pages: u64) -> Parsed<Vec<
     }
     let mut ranges: Vec<&FileBlock> = blocks.iter().collect();
     ranges.sort_unstable_by_key(|block| block.guest.0);
-    if let Some([a, b]) = ranges.array_windows().find(|[a, b]| b.guest.0 - a.guest.0 < a.len) {
+    let overlap = |pair: &&[&FileBlock]| matches!(pair, [a, b] if b.guest.0 - a.guest.0 < a.len);
+    if let Some([a, b]) = ranges.windows(2).find(overlap) {
         return Err(invalid(kind, offset, format!("blocks {:?} and {:?} overlap", a.name, b.name)));
     }
     Ok(blocks)

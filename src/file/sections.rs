@@ -87,8 +87,9 @@ pub(super) struct SectionWriter<'a> {
     buffer: Vec<u8>,
     /// Where the buffer belongs.
     offset: u64,
-    /// Of the section being written.
+    /// Of the section being written, as far as its bytes are not in the buffer from `unsummed` on.
     crc: u32,
+    unsummed: usize,
     start: u64,
 }
 
@@ -103,11 +104,10 @@ pub(super) struct Written {
 impl<'a> SectionWriter<'a> {
     /// Starts at `offset`, a multiple of [`ALIGN`].
     pub(super) fn new(file: &'a File, offset: u64) -> Self {
-        Self { file, buffer: Vec::with_capacity(BUFFER), offset, crc: 0, start: offset }
+        Self { file, buffer: Vec::with_capacity(BUFFER), offset, crc: 0, unsummed: 0, start: offset }
     }
 
     pub(super) fn put(&mut self, mut bytes: &[u8]) -> Result<(), Failed> {
-        self.crc = crc32c::crc32c_append(self.crc, bytes);
         while !bytes.is_empty() {
             let (now, later) = bytes.split_at(bytes.len().min(BUFFER - self.buffer.len()));
             self.buffer.extend_from_slice(now);
@@ -121,6 +121,7 @@ impl<'a> SectionWriter<'a> {
 
     /// Ends the section; the next one starts at the next multiple of [`ALIGN`].
     pub(super) fn end(&mut self) -> Result<Written, Failed> {
+        self.sum();
         let len = self.here() - self.start;
         let written = Written { offset: self.start, len, crc: self.crc };
         let padding = len.next_multiple_of(ALIGN) - len;
@@ -128,6 +129,7 @@ impl<'a> SectionWriter<'a> {
             self.put(&[0])?;
         }
         self.crc = 0;
+        self.unsummed = self.buffer.len();
         self.start = self.here();
         Ok(written)
     }
@@ -142,7 +144,14 @@ impl<'a> SectionWriter<'a> {
         self.offset + self.buffer.len() as u64
     }
 
+    /// Sums what was gathered, many small pieces in one go.
+    fn sum(&mut self) {
+        self.crc = crc32c::crc32c_append(self.crc, self.buffer.get(self.unsummed..).unwrap_or_default());
+        self.unsummed = self.buffer.len();
+    }
+
     fn flush(&mut self) -> Result<(), Failed> {
+        self.sum();
         let (offset, len) = (self.offset, self.buffer.len() as u64);
         write_all(self.file, &mut [IoSlice::new(&self.buffer)], offset).map_err(|source| Failed {
             offset,
@@ -151,6 +160,7 @@ impl<'a> SectionWriter<'a> {
         })?;
         self.offset += len;
         self.buffer.clear();
+        self.unsummed = 0;
         Ok(())
     }
 }

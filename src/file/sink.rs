@@ -49,12 +49,6 @@ pub struct FileSink {
     failed: AtomicBool,
 }
 
-impl std::fmt::Debug for PageTable {
-    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
-        f.debug_struct("PageTable").field("data_pages", &self.data_pages()).finish_non_exhaustive()
-    }
-}
-
 impl FileSink {
     /// Begins a full snapshot of the RAM in `table` at `path`.
     ///

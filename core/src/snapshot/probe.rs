@@ -5,7 +5,6 @@ use core::ops::Deref;
 
 use super::{InFlight, Snapshot};
 use crate::block::BlockTable;
-use crate::pool::Budget;
 use crate::tests::Defect;
 use crate::units::{PageId, Run};
 
@@ -55,10 +54,6 @@ where
 
     pub(crate) fn slots_in_use(&self) -> u64 {
         self.pool.in_use()
-    }
-
-    pub(crate) fn slots_left_to_the_scan(&self) -> u64 {
-        self.pool.room(Budget::Scan, 1) / self.pool.slot_pages()
     }
 
     /// Whether the fault at the head of the queue could be claimed now: a claim is free, and there is room for its host

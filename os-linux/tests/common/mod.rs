@@ -326,7 +326,10 @@ impl HugePages {
         let written = fs::write(NR_HUGEPAGES, (total + count).to_string());
         if free() < Some(count) {
             let _ = fs::write(NR_HUGEPAGES, &before);
-            eprintln!("SKIPPED: {count} free 2 MiB pages needed, {:?} there; raising {NR_HUGEPAGES}: {written:?}", free());
+            eprintln!(
+                "SKIPPED: {count} free 2 MiB pages needed, {:?} there; raising {NR_HUGEPAGES}: {written:?}",
+                free()
+            );
             return None;
         }
         Some(Self { before, _turn: turn })
@@ -358,7 +361,8 @@ pub fn raw_uffd(features: Option<u64>) -> OwnedFd {
 
 /// An ioctl of a userfaultfd, by its literal number.
 pub fn ioctl<const N: usize>(fd: &OwnedFd, number: u64, arg: &mut [u64; N]) -> i32 {
-    // SAFETY: `arg` is as large as the number says (its bits 16 to 29 are the size).
+    // Bits 16 to 29 of the number are the size of the argument.
     assert_eq!(usize::try_from(number >> 16 & 0x3fff).unwrap(), size_of_val(arg));
+    // SAFETY: `arg` is as large as the number says, just checked.
     unsafe { libc::ioctl(fd.as_raw_fd(), number, arg.as_mut_ptr()) }
 }

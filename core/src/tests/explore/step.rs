@@ -2,7 +2,7 @@
 
 use std::{format, string::String, vec::Vec};
 
-use super::world::{DISCARD, DiscardStage, FAULT_THREAD, ODD, Setup, Stage, VMM, World, mask};
+use super::world::{DISCARD, DiscardStage, FAULT_THREAD, ODD, Seen, Setup, Stage, VMM, World, mask};
 use crate::tests::Defect;
 use crate::*;
 
@@ -14,7 +14,10 @@ pub(super) enum Step {
     /// A blocked vCPU wakes for no reason.
     Spurious(u8),
     /// The fault thread reads an unread message and hands it in; or it comes twice.
-    Read { index: u8, twice: bool },
+    Read {
+        index: u8,
+        twice: bool,
+    },
     /// It hands in the discard event that it read before.
     HandIn,
     /// It releases what stale faults asked for.
@@ -131,8 +134,9 @@ impl<const F: usize, const C: usize> World<F, C> {
     }
 
     fn fault_thread_steps(&self, setup: &Setup, steps: &mut Vec<Step>) {
-        let full = matches!(self.core.clone().next_claim(Worker::Faults), Next::Full);
-        if !(full && setup.defect == Some(Defect::NoEventsWhileFull)) {
+        let deaf = setup.defect == Some(Defect::NoEventsWhileFull)
+            && matches!(self.core.clone().next_claim(Worker::Faults), Next::Full);
+        if !deaf {
             for (index, &message) in (0u8..).zip(&self.unread) {
                 steps.push(Step::Read { index, twice: false });
                 steps.extend((self.spurious > 0 && message < ODD).then_some(Step::Read { index, twice: true }));
@@ -174,16 +178,21 @@ impl<const F: usize, const C: usize> World<F, C> {
             Step::Retry(i) => self.threads[FAULT_THREAD] = Stage::Captured(self.retries.remove(usize::from(i))),
             Step::Next(i) => self.next(setup, usize::from(i))?,
             Step::Save(i) | Step::SaveFails(i) => self.save(setup, usize::from(i), step == Step::Save(i))?,
-            Step::Request => match self.core.handle_request(PageId(setup.requests[self.requested])) {
-                RequestOutcome::QueueFull => {}
-                RequestOutcome::NoSuchPage => return Err("a page that is there was not found".into()),
-                _ => self.requested += 1,
-            },
-            Step::Ask => match self.core.claim_for_discard(setup.discard.unwrap().run) {
-                Discard::Claim(claim) => self.threads[VMM] = Stage::Claimed(claim, 0),
-                Discard::Wait => {}
-                Discard::Clear => self.discard = DiscardStage::Allowed,
-            },
+            Step::Request => self.request(setup)?,
+            Step::Ask => {
+                let seen = match self.core.claim_for_discard(setup.discard.unwrap().run) {
+                    Discard::Claim(claim) => {
+                        self.threads[VMM] = Stage::Claimed(claim, 0);
+                        Seen::ClaimedForDiscard
+                    }
+                    Discard::Wait => Seen::DiscardWait,
+                    Discard::Clear => {
+                        self.discard = DiscardStage::Allowed;
+                        Seen::DiscardClear
+                    }
+                };
+                self.see(seen);
+            }
             Step::Post if self.disarmed => self.discard = DiscardStage::Read,
             Step::Post => {
                 self.discard = DiscardStage::Posted;
@@ -200,6 +209,15 @@ impl<const F: usize, const C: usize> World<F, C> {
             Step::Commit => self.committed = true,
             Step::Disarm => self.disarm(setup),
             _ => self.advance(setup, step),
+        }
+        match self.core.cause().filter(|_| cause.is_none()) {
+            Some(Cause::Cancelled) => self.see(Seen::EndedByCancel),
+            Some(Cause::Capture(_)) => self.see(Seen::EndedByCapture),
+            Some(Cause::Release(_)) => self.see(Seen::EndedByRelease),
+            Some(Cause::Sink) => self.see(Seen::EndedBySink),
+            Some(Cause::PoolFull) => self.see(Seen::EndedByFullPool),
+            Some(Cause::Discarded(_)) => self.see(Seen::EndedByDiscard),
+            _ => {}
         }
         match cause {
             Some(first) if self.core.cause() != cause => {
@@ -238,7 +256,15 @@ impl<const F: usize, const C: usize> World<F, C> {
             return self.lose(setup);
         }
         let at = self.address(setup, message);
-        match self.core.handle_fault(at) {
+        let outcome = self.core.handle_fault(at);
+        self.see(match outcome {
+            FaultOutcome::Queued => Seen::FaultQueued,
+            FaultOutcome::Waits => Seen::FaultWaits,
+            FaultOutcome::Stale(_) => Seen::FaultStale,
+            FaultOutcome::NotOurs => Seen::FaultNotOurs,
+            FaultOutcome::QueueFull => Seen::FaultQueueFull,
+        });
+        match outcome {
             FaultOutcome::Queued | FaultOutcome::Waits if message < ODD => {}
             FaultOutcome::Queued | FaultOutcome::Waits => return Err(format!("{at} was taken for a page of ours")),
             FaultOutcome::Stale(range) if range.contains(at) => {
@@ -258,13 +284,31 @@ impl<const F: usize, const C: usize> World<F, C> {
         Ok(())
     }
 
+    fn request(&mut self, setup: &Setup) -> Result<(), String> {
+        let page = PageId(setup.requests[self.requested]);
+        let free = !self.core.is_pending(page) && !self.core.claimed_runs().any(|run| run.contains(page));
+        let outcome = self.core.handle_request(page);
+        if (outcome == RequestOutcome::NotPending) != free {
+            return Err(format!("{outcome:?} for a request for {page}, which is free: {free}"));
+        }
+        self.requested += usize::from(outcome != RequestOutcome::QueueFull);
+        self.see(match outcome {
+            RequestOutcome::Queued => Seen::RequestQueued,
+            RequestOutcome::Claimed => Seen::RequestClaimed,
+            RequestOutcome::NotPending => Seen::RequestNotPending,
+            RequestOutcome::QueueFull => Seen::RequestQueueFull,
+            RequestOutcome::NoSuchPage => return Err(format!("{page} is not found")),
+        });
+        Ok(())
+    }
+
     /// Hands the discard in.
     fn lose(&mut self, setup: &Setup) -> Result<(), String> {
         let plan = setup.discard.unwrap();
         let range = self.core.table().host_range(plan.run).unwrap();
-        let lost = self.core.handle_discarded(range);
-        if lost && plan.announced && !self.disarmed && self.core.cause() == Some(Cause::Discarded(plan.run)) {
-            return Err("an announced discard lost pages".into());
+        let alive = self.core.cause().is_none();
+        if self.core.handle_discarded(range) && alive && plan.announced {
+            return Err("a discard that was announced and allowed lost pages".into());
         }
         Ok(())
     }
@@ -276,7 +320,15 @@ impl<const F: usize, const C: usize> World<F, C> {
             _ => Worker::Scan,
         };
         let empty = self.core.slots_in_use() == 0;
-        let Next::Claim(claim) = self.core.next_claim(who) else { return Ok(()) };
+        let next = self.core.next_claim(who);
+        self.see(match &next {
+            Next::Claim(claim) => Seen::origin(claim.origin()),
+            Next::Idle => Seen::NextIdle,
+            Next::Full => Seen::NextFull,
+            Next::Done => Seen::NextDone,
+            Next::Ended => Seen::NextEnded,
+        });
+        let Next::Claim(claim) = next else { return Ok(()) };
         let block = self.core.table().block_of(claim.run().first).and_then(|b| self.core.table().block(b)).unwrap();
         if (block.treatment == Treatment::InPause) != (who == Worker::Pause) {
             return Err(format!("{who:?} got {} of a {:?} block", claim.run(), block.treatment));
@@ -313,7 +365,8 @@ impl<const F: usize, const C: usize> World<F, C> {
                 let page = claim.run().first.0 + copied;
                 let slot = claim.slots()[usize::try_from(copied / setup.limits.slot_pages).unwrap()];
                 let cell = usize::try_from(copied % setup.limits.slot_pages).unwrap();
-                self.slots[usize::from(slot.0)][cell] = Some((u8::try_from(page).unwrap(), self.changed >> page & 1 == 0));
+                self.slots[usize::from(slot.0)][cell] =
+                    Some((u8::try_from(page).unwrap(), self.changed >> page & 1 == 0));
                 Stage::Claimed(claim, copied + 1)
             }
             (Step::Captured(_), Stage::Claimed(claim, _)) => Stage::Captured(self.core.captured(claim)),

@@ -36,6 +36,61 @@ pub(super) struct DiscardPlan {
     pub(super) announced: bool,
 }
 
+/// What counts as wrong.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+pub(super) enum Judge {
+    /// A state in which an invariant does not hold, however it ends.
+    Invariants,
+    /// Only what others can see: a wrong image, or somebody who waits for ever.
+    Outcome,
+}
+
+/// Answers of the core. Each must have been seen in some world, or the worlds prove less than they seem to.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+pub(super) enum Seen {
+    FaultQueued,
+    FaultWaits,
+    FaultStale,
+    FaultNotOurs,
+    FaultQueueFull,
+    NextIdle,
+    NextFull,
+    NextDone,
+    NextEnded,
+    ClaimedForRequest,
+    ClaimedForFault,
+    ClaimedForScan,
+    ClaimedForDiscard,
+    ClaimedInPause,
+    RequestQueued,
+    RequestClaimed,
+    RequestNotPending,
+    RequestQueueFull,
+    DiscardWait,
+    DiscardClear,
+    EndedByCancel,
+    EndedByCapture,
+    EndedByRelease,
+    EndedBySink,
+    EndedByFullPool,
+    EndedByDiscard,
+}
+
+impl Seen {
+    /// All of them; the last one closes the list.
+    pub(super) const LAST: Self = Self::EndedByDiscard;
+
+    pub(super) fn origin(origin: Origin) -> Self {
+        match origin {
+            Origin::Request => Self::ClaimedForRequest,
+            Origin::Fault => Self::ClaimedForFault,
+            Origin::Scan => Self::ClaimedForScan,
+            Origin::Discard => Self::ClaimedForDiscard,
+            Origin::Pause => Self::ClaimedInPause,
+        }
+    }
+}
+
 /// What is the same in all states of a world.
 #[derive(Clone, Copy)]
 pub(super) struct Setup {
@@ -43,6 +98,8 @@ pub(super) struct Setup {
     pub(super) parts: &'static [Part],
     /// Pages pending at T0, one bit each; all others belong to the parent image.
     pub(super) members: u64,
+    /// Pages that are protected although they are not pending: gaps between dirty runs that were not worth a call.
+    pub(super) gaps: u64,
     /// The pages that each vCPU writes, in order.
     pub(super) programs: [&'static [u64]; 2],
     pub(super) workers: usize,
@@ -59,6 +116,7 @@ pub(super) struct Setup {
     /// Whether captures, releases and writes can fail, and somebody can cancel.
     pub(super) errors: bool,
     pub(super) defect: Option<Defect>,
+    pub(super) judge: Judge,
 }
 
 impl Setup {
@@ -67,6 +125,7 @@ impl Setup {
         name: "plain",
         parts: &[tracked(2)],
         members: u64::MAX,
+        gaps: 0,
         programs: [&[0, 1, 0], &[1]],
         workers: 2,
         slots: 2,
@@ -85,6 +144,7 @@ impl Setup {
         again: 0,
         errors: true,
         defect: None,
+        judge: Judge::Invariants,
     };
 
     pub(super) fn table(&self) -> &'static BlockTable {
@@ -183,6 +243,8 @@ pub(super) struct World<const F: usize, const C: usize> {
     pub(super) paused: bool,
     pub(super) committed: bool,
     pub(super) disarmed: bool,
+    /// What the core answered on the way here, one bit each of [`Seen`]. Not part of the state.
+    pub(super) seen: u32,
 }
 
 impl<const F: usize, const C: usize> World<F, C> {
@@ -196,7 +258,8 @@ impl<const F: usize, const C: usize> World<F, C> {
         if let Some(defect) = setup.defect {
             core.break_with(defect);
         }
-        let protected = pages_where(table, |page, block| block.treatment == Treatment::Tracked && core.is_pending(page));
+        let protected =
+            pages_where(table, |page, block| block.treatment == Treatment::Tracked && core.is_pending(page));
         let paused = table.blocks().iter().any(|b| b.treatment == Treatment::InPause);
         let discard = match setup.discard {
             None => DiscardStage::Done,
@@ -208,7 +271,7 @@ impl<const F: usize, const C: usize> World<F, C> {
         Self {
             core,
             changed: 0,
-            protected,
+            protected: protected | setup.gaps,
             vcpus: [Vcpu { writes: 0, blocked: false }; 2],
             unread,
             threads: [const { Stage::Idle }; 4],
@@ -224,7 +287,12 @@ impl<const F: usize, const C: usize> World<F, C> {
             paused,
             committed: false,
             disarmed: false,
+            seen: 0,
         }
+    }
+
+    pub(super) fn see(&mut self, what: Seen) {
+        self.seen |= 1 << what as u32;
     }
 
     /// The page that `vcpu` writes next.

@@ -2,7 +2,7 @@
 
 use std::path::PathBuf;
 
-use clap::{Parser, ValueEnum};
+use clap::Parser;
 use ramshot_tests::{Accel, Backing, Workload};
 
 /// Boots a guest, snapshots it live while it writes, verifies every page of the file against a copy of guest RAM taken
@@ -12,8 +12,8 @@ use ramshot_tests::{Accel, Backing, Workload};
 pub struct Options {
     /// A guest under KVM, or threads of this process as the guest. Without KVM the default falls back to threads, and
     /// says so.
-    #[arg(long, value_enum)]
-    pub accel: Option<AccelArg>,
+    #[arg(long, value_name = "kvm|threads")]
+    pub accel: Option<Accel>,
     /// Guest RAM (K, M, G).
     #[arg(long, default_value = "512M", value_parser = size)]
     pub mem: u64,
@@ -21,8 +21,8 @@ pub struct Options {
     #[arg(long, default_value_t = 2, value_parser = clap::value_parser!(u32).range(1..=16))]
     pub vcpus: u32,
     /// What the guest does.
-    #[arg(long, value_enum, default_value = "random")]
-    pub workload: WorkloadArg,
+    #[arg(long, value_name = "idle|seq|random", default_value = "random")]
+    pub workload: Workload,
     /// Memory it writes to (K, M, G).
     #[arg(long, default_value = "64M", value_parser = size)]
     pub working_set: u64,
@@ -30,8 +30,8 @@ pub struct Options {
     #[arg(long, default_value = "max", value_parser = rate)]
     pub rate: Rate,
     /// What guest RAM is made of.
-    #[arg(long, value_enum, default_value = "anon")]
-    pub backing: BackingArg,
+    #[arg(long, value_name = "anon|thp|memfd|hugetlb", default_value = "anon")]
+    pub backing: Backing,
     /// How many times.
     #[arg(long, default_value_t = 1)]
     pub runs: u32,
@@ -58,57 +58,6 @@ pub struct Options {
 /// Writes a second and vCPU.
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
 pub struct Rate(pub Option<u64>);
-
-#[derive(Clone, Copy, PartialEq, Eq, Debug, ValueEnum)]
-pub enum AccelArg {
-    Kvm,
-    Threads,
-}
-
-#[derive(Clone, Copy, PartialEq, Eq, Debug, ValueEnum)]
-pub enum WorkloadArg {
-    Idle,
-    Seq,
-    Random,
-}
-
-#[derive(Clone, Copy, PartialEq, Eq, Debug, ValueEnum)]
-pub enum BackingArg {
-    Anon,
-    Thp,
-    Memfd,
-    Hugetlb,
-}
-
-impl From<AccelArg> for Accel {
-    fn from(arg: AccelArg) -> Self {
-        match arg {
-            AccelArg::Kvm => Self::Kvm,
-            AccelArg::Threads => Self::Threads,
-        }
-    }
-}
-
-impl From<WorkloadArg> for Workload {
-    fn from(arg: WorkloadArg) -> Self {
-        match arg {
-            WorkloadArg::Idle => Self::Idle,
-            WorkloadArg::Seq => Self::Seq,
-            WorkloadArg::Random => Self::Random,
-        }
-    }
-}
-
-impl From<BackingArg> for Backing {
-    fn from(arg: BackingArg) -> Self {
-        match arg {
-            BackingArg::Anon => Self::Anon,
-            BackingArg::Thp => Self::Thp,
-            BackingArg::Memfd => Self::Memfd,
-            BackingArg::Hugetlb => Self::Hugetlb,
-        }
-    }
-}
 
 /// `64M` and the like.
 pub fn size(text: &str) -> Result<u64, String> {

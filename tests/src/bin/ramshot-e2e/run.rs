@@ -1,0 +1,211 @@
+//! One run: boot, snapshot live, verify, restore, self check.
+
+use std::error::Error;
+use std::path::{Path, PathBuf};
+use std::sync::Arc;
+use std::time::{Duration, Instant};
+
+use ramshot::{GuestRam, Live, Pending, SnapshotFailed, SnapshotFile};
+use ramshot_tests::{Accel, CheckReport, Gaps, Guest, GuestConfig, Memory, Workload, new_guest};
+
+use crate::options::Options;
+use crate::outcome::{GuestRate, Outcome, SelfCheck, Stall};
+use crate::verify;
+
+/// How long the guest's rate is watched before and after.
+const WATCH: Duration = Duration::from_millis(300);
+const CHECK_TIMEOUT: Duration = Duration::from_secs(60);
+/// Memory that the guest writes for the first time after T0: zero in the image, or a write was not trapped.
+const LATE: u64 = 4 << 20;
+
+type Result<T> = std::result::Result<T, Box<dyn Error>>;
+
+pub fn run(options: &Options, accel: Accel, seed: u64) -> Result<Outcome> {
+    let mut outcome = Outcome::new(options, accel, seed);
+    let config = GuestConfig {
+        vcpus: options.vcpus,
+        workload: options.workload,
+        working_set: options.working_set,
+        rate: options.rate.0,
+        late: LATE,
+        seed,
+        ..GuestConfig::default()
+    };
+    let target = Target::new(options, seed)?;
+
+    let guest = new_guest(accel, Memory::new(options.mem, options.backing)?, config)?;
+    guest.start()?;
+    outcome.guest_rate.before = guest.rate(WATCH)?;
+    let t0 = snapshot(options, guest.as_ref(), &target.path, &mut outcome)?;
+    outcome.guest_rate.after = guest.rate(WATCH)?;
+    outcome.source_self_check = self_check(guest.as_ref(), "the guest that was snapshotted", &mut outcome.problems)?;
+    drop(guest);
+
+    let file = SnapshotFile::open(&target.path)?;
+    let verified = verify::against_file(&file, &t0)?;
+    (outcome.pages_total, outcome.pages_verified) = (file.pages(), verified.pages);
+    (outcome.pages_mismatched, outcome.pages_zero) = (verified.mismatched, verified.zero);
+    if let Some(page) = verified.first_mismatch {
+        outcome.problems.push(format!("{} pages differ from T0, the first is {page}", verified.mismatched));
+    }
+    if !verify::flat(&target.path, &t0)? {
+        outcome.problems.push("the file does not begin with guest RAM".to_owned());
+    }
+    restore(options, accel, config, &file, &t0, &mut outcome)?;
+
+    if options.workload != Workload::Idle && outcome.write_faults == 0 {
+        outcome.problems.push("the workload writes, but no write fault was seen: this proved nothing".to_owned());
+    }
+    outcome.ok = outcome.problems.is_empty();
+    Ok(outcome)
+}
+
+/// Takes the snapshot. Returns guest RAM at T0.
+fn snapshot(options: &Options, guest: &dyn Guest, path: &Path, outcome: &mut Outcome) -> Result<Vec<Vec<u8>>> {
+    let ram = Arc::new(GuestRam::from_guest_memory(Arc::clone(guest.memory().guest()))?);
+    let settings = ramshot::Options {
+        replace: true,
+        workers: options.workers,
+        writers: options.writers,
+        pool_bytes: options.pool,
+        ..ramshot::Options::default()
+    };
+    let prepared = ramshot::prepare(&ram, path, &settings)?;
+
+    let stopping = Instant::now();
+    guest.pause()?;
+    let stopped = stopping.elapsed();
+    // The test's own doing, not part of the pause: the copy to compare with (before `begin`, or the scan would be through
+    // by the time it is made), and a histogram that begins now.
+    let t0 = {
+        guest.talk().reset_gaps_at_resume()?;
+        guest.start_late_writes()?;
+        guest.memory().copy()?
+    };
+    let writes_at_t0 = guest.writes()?;
+    let beginning = Instant::now();
+    let begun = guest.save_state().map(|state| prepared.begin(Pending::All, state));
+    guest.resume()?;
+    let resumed = Instant::now();
+    outcome.pause_us = micros(stopped + resumed.duration_since(beginning));
+
+    let live = begun??;
+    let captured = wait_until_captured(&live);
+    let seconds = resumed.elapsed().as_secs_f64();
+    outcome.guest_writes_during = guest.writes()? - writes_at_t0;
+    outcome.stall_us = stall(&guest.stats()?.gaps);
+    outcome.guest_rate = GuestRate { during: per_second(outcome.guest_writes_during, seconds), ..GuestRate::default() }
+        .with_before(outcome.guest_rate.before);
+    captured?;
+    let report = live.finish()?;
+    outcome.arm_us = micros(report.arm);
+    outcome.capture_ms = millis(report.capture);
+    outcome.total_ms = millis(report.total);
+    outcome.pages_captured = report.counts.released;
+    outcome.write_faults = report.counts.faults;
+    outcome.pages_by_fault = report.counts.by_fault;
+    outcome.bytes_written = report.image.written_bytes;
+    Ok(t0)
+}
+
+fn wait_until_captured(live: &Live) -> std::result::Result<(), SnapshotFailed> {
+    loop {
+        let progress = live.progress();
+        if progress.captured || progress.ended {
+            return Ok(());
+        }
+        std::thread::sleep(Duration::from_micros(200));
+    }
+}
+
+/// Into a fresh VM, which then runs and checks itself.
+fn restore(
+    options: &Options,
+    accel: Accel,
+    config: GuestConfig,
+    file: &SnapshotFile,
+    t0: &[Vec<u8>],
+    outcome: &mut Outcome,
+) -> Result<()> {
+    let memory = Memory::new(options.mem, options.backing)?;
+    let start = Instant::now();
+    let ram = GuestRam::from_guest_memory(Arc::clone(memory.guest()))?;
+    file.restore_into(ram.table(), &ram, 2)?;
+    outcome.restore_ms = millis(start.elapsed());
+    drop(ram);
+    let restored = verify::against_memory(&memory.copy()?, t0);
+    if restored.mismatched > 0 {
+        outcome.problems.push(format!("{} pages differ from T0 after the restore", restored.mismatched));
+    }
+    let guest = new_guest(accel, memory, config)?;
+    guest.restore(file.device_state())?;
+    let before = guest.writes()?;
+    guest.resume()?;
+    std::thread::sleep(WATCH);
+    if options.workload != Workload::Idle && guest.writes()? == before {
+        outcome.problems.push("the restored guest does not write".to_owned());
+    }
+    outcome.guest_self_check = self_check(guest.as_ref(), "the restored guest", &mut outcome.problems)?;
+    Ok(())
+}
+
+fn self_check(guest: &dyn Guest, who: &str, problems: &mut Vec<String>) -> Result<SelfCheck> {
+    let report: CheckReport = guest.self_check(CHECK_TIMEOUT)?;
+    if !report.is_ok() {
+        let first = report.first.clone().unwrap_or_else(|| "it checked no page".to_owned());
+        problems.push(format!("{who} found {} errors in its memory: {first}", report.errors));
+    }
+    if let Some(failure) = guest.failure() {
+        problems.push(format!("{who} failed: {failure}"));
+    }
+    Ok(SelfCheck { ok: report.is_ok(), pages: report.pages, errors: report.errors })
+}
+
+fn stall(gaps: &Gaps) -> Stall {
+    let us = |duration: Duration| duration.as_secs_f64() * 1e6;
+    Stall { p50: us(gaps.p50()), p99: us(gaps.p99()), p999: us(gaps.p999()), max: us(gaps.max()) }
+}
+
+impl GuestRate {
+    fn with_before(self, before: f64) -> Self {
+        Self { before, ..self }
+    }
+}
+
+// Counts of writes are far below 2^52.
+#[allow(clippy::cast_precision_loss)]
+fn per_second(count: u64, seconds: f64) -> f64 {
+    count as f64 / seconds
+}
+
+fn micros(duration: Duration) -> u64 {
+    u64::try_from(duration.as_micros()).unwrap_or(u64::MAX)
+}
+
+fn millis(duration: Duration) -> f64 {
+    duration.as_secs_f64() * 1e3
+}
+
+/// Where the image goes; removed again unless the user named a folder.
+struct Target {
+    path: PathBuf,
+    keep: bool,
+}
+
+impl Target {
+    fn new(options: &Options, seed: u64) -> Result<Self> {
+        let keep = options.out.is_some();
+        let folder = options.out.clone().unwrap_or_else(std::env::temp_dir);
+        std::fs::create_dir_all(&folder).map_err(|error| format!("--out {}: {error}", folder.display()))?;
+        let name = format!("e2e-{}-{seed}.ramshot", if keep { 0 } else { std::process::id() });
+        Ok(Self { path: folder.join(name), keep })
+    }
+}
+
+impl Drop for Target {
+    fn drop(&mut self) {
+        if !self.keep {
+            let _ = std::fs::remove_file(&self.path);
+        }
+    }
+}
