@@ -45,7 +45,9 @@ mod sync;
 pub use engine::{Handle, Live, Parts, Pending, Prepared, SetupFailed, SnapshotFailed, prepare_with};
 pub use file::SnapshotFile;
 pub use options::{OptionError, Options};
-pub use os::{GuestRam, Missing, Probe, RamError, Region, RegionFile, TrackError, Tracker, TrackerOptions, compatible, probe};
+pub use os::{
+    GuestRam, Missing, Probe, RamError, Region, RegionFile, TrackError, Tracker, TrackerOptions, compatible, probe,
+};
 pub use prepare::{PrepareError, prepare};
 pub use ramshot_core as core;
 pub use ramshot_core::{Cause, GuestAddr, HostAddr, Treatment, WhenFull};

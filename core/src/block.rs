@@ -234,6 +234,8 @@ pub struct BlockTable {
     blocks: Vec<RamBlock, MAX_BLOCKS>,
     /// First page of each block.
     firsts: Vec<PageId, MAX_BLOCKS>,
+    /// Granule of each block, in pages.
+    granules: Vec<u64, MAX_BLOCKS>,
     pages: u64,
 }
 
@@ -246,13 +248,14 @@ impl BlockTable {
         if blocks.len() > MAX_BLOCKS {
             return Err(LayoutError::TooManyBlocks { given: blocks.len() });
         }
-        let mut table = Self { blocks: Vec::new(), firsts: Vec::new(), pages: 0 };
+        let mut table = Self { blocks: Vec::new(), firsts: Vec::new(), granules: Vec::new(), pages: 0 };
         for block in blocks {
             check_block(block)?;
             for earlier in &table.blocks {
                 check_pair(earlier, block)?;
             }
             // Cannot fail: at most MAX_BLOCKS, checked above.
+            let _ = table.granules.push(block.pages_per_host_page());
             let _ = table.firsts.push(PageId(table.pages));
             let _ = table.blocks.push(*block);
             table.pages = table.pages.checked_add(block.pages()).ok_or(LayoutError::Wraps { block: block.name })?;
@@ -261,6 +264,24 @@ impl BlockTable {
             return Err(LayoutError::NoBlocks);
         }
         Ok(table)
+    }
+
+    /// Sets the granule of a block, in bytes: the unit in which its pages are claimed where that is possible. It is the
+    /// host page size unless it is set; 2 MiB for memory that is mapped by transparent huge pages keeps those whole.
+    /// Rounded up to a power of two; policy only.
+    pub fn set_granule(&mut self, index: BlockIndex, bytes: u64) {
+        let pages = bytes.div_ceil(PAGE_SIZE).checked_next_power_of_two().unwrap_or(1);
+        if let (Some(block), Some(granule)) =
+            (self.blocks.get(usize::from(index.0)), self.granules.get_mut(usize::from(index.0)))
+        {
+            *granule = pages.max(block.pages_per_host_page());
+        }
+    }
+
+    /// The granule of a block, in pages.
+    #[must_use]
+    pub fn granule_pages(&self, index: BlockIndex) -> u64 {
+        self.granules.get(usize::from(index.0)).copied().unwrap_or(1)
     }
 
     /// The blocks, in image order.

@@ -65,6 +65,6 @@ pub use block::{Backing, BlockName, BlockTable, LayoutError, MAX_BLOCKS, MAX_NAM
 pub use claim::{CapturedRun, Claim, MAX_SLOTS_PER_CLAIM, Origin, ReleasedRun, SlotId, SlotList};
 pub use outcome::{Cause, Counts, Discard, FaultOutcome, Next, PageSearchStatus, RequestOutcome, SetupError, Worker};
 pub use policy::{Limits, WhenFull};
-pub use seams::{Done, Event, OsError, RamSource, RamTarget, WriteTracker};
+pub use seams::{Done, Event, OsError, RamSource, RamTarget, Residency, WriteTracker};
 pub use snapshot::Snapshot;
 pub use units::{BlockIndex, GuestAddr, HostAddr, HostRange, PAGE_SIZE, PageId, Run};

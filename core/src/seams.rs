@@ -4,7 +4,7 @@
 
 use core::fmt;
 
-use crate::units::{BlockIndex, HostAddr, HostRange};
+use crate::units::{HostAddr, HostRange};
 
 /// A system call that failed: which, on what, with which error number.
 #[derive(Clone, Copy, PartialEq, Eq, Hash, Debug)]
@@ -71,16 +71,33 @@ pub enum Done {
     Again,
 }
 
+/// What a range of memory is mapped by, in bytes.
+#[derive(Clone, Copy, PartialEq, Eq, Debug, Default)]
+pub struct Residency {
+    /// In memory.
+    pub resident: u64,
+    /// Of that, mapped by huge pages.
+    pub huge: u64,
+}
+
 /// Write tracking of guest RAM: one userfaultfd context, or something that behaves like one.
 ///
 /// All methods may be called from any thread; one thread at a time reads [`next_events`](Self::next_events).
 pub trait WriteTracker: Send + Sync {
-    /// Calls `each` for every range of `block`'s used part that may hold something other than zeros, ascending,
-    /// multiples of the host page size. Memory never touched is not among them and will not be protected.
+    /// Calls `each` for every range of `within`, a part of the used part of one block, that may hold something other
+    /// than zeros: ascending, multiples of the host page size. Memory never touched is not among them and will not be
+    /// protected.
     ///
     /// # Errors
-    /// What the system answered.
-    fn populated(&self, block: BlockIndex, each: &mut dyn FnMut(HostRange)) -> Result<(), OsError>;
+    /// What the system answered; `EINVAL` (22) for a range that is not in one RAM block.
+    fn populated(&self, within: HostRange, each: &mut dyn FnMut(HostRange)) -> Result<(), OsError>;
+
+    /// How much of `within` is resident, and how much of that is mapped by huge pages although the host page is smaller
+    /// (transparent huge pages). Nothing known is nothing resident, which is always right: it only guides policy.
+    fn residency(&self, within: HostRange) -> Residency {
+        let _ = within;
+        Residency::default()
+    }
 
     /// Write-protects `range`: from its return on, every write there blocks and is reported. `Again` is handled
     /// inside.

@@ -43,6 +43,8 @@ struct InFlight {
 pub struct Snapshot<T, W, const FAULTS: usize, const CLAIMS: usize> {
     table: T,
     pending: PageBitmap<W>,
+    /// Pending pages that the scan takes first.
+    hot: Option<PageBitmap<W>>,
     pool: SlotPool<W>,
     faults: Deque<PageId, FAULTS>,
     requests: Deque<PageId, FAULTS>,
@@ -102,6 +104,7 @@ where
         let mut snapshot = Self {
             table,
             pending,
+            hot: None,
             pool,
             faults: Deque::new(),
             requests: Deque::new(),
@@ -120,6 +123,12 @@ where
         search::round_to_host_pages(&snapshot.table, &mut snapshot.pending);
         snapshot.counts.total = snapshot.pending.count();
         Ok(snapshot)
+    }
+
+    /// Has the scan take the pages of `hot` first: those that were written lately will be written next. Pages that are
+    /// not pending do not matter.
+    pub fn scan_first(&mut self, hot: PageBitmap<W>) {
+        self.hot = Some(hot);
     }
 
     // ---- something happened
@@ -409,13 +418,18 @@ where
         let block = *self.table.block(index).ok_or(Refusal::NoClaim)?;
         let whole = self.table.block_run(index);
         let unit = block.pages_per_host_page();
-        let within = window(page, want.max(unit), block.host, whole);
+        let granule = self.table.granule_pages(index);
+        let within = window(page, want.max(granule), block.host, whole);
         let mut run = self.pending.run_around(page, within).ok_or(Refusal::NoClaim)?;
         let room = self.pool.room(budget, unit);
         if room == 0 {
             return Err(Refusal::NoSlot);
         }
         if run.pages > room {
+            if budget == Budget::Scan && room < granule.min(run.pages) && !self.pool.all_free() {
+                // The scan has time: it waits for room rather than to take a huge page apart.
+                return Err(Refusal::NoSlot);
+            }
             // The host page of `page` must be among them.
             let first = PageId(whole.first.0 + (page.0 - whole.first.0) / unit * unit);
             run = Run::new(first, room.min(run.end().0 - first.0));
@@ -423,6 +437,9 @@ where
         let range = self.table.host_range(run).ok_or(Refusal::NoClaim)?;
         let slots = self.pool.take(run.pages).ok_or(Refusal::NoSlot)?;
         self.pending.remove(run);
+        if let Some(hot) = &mut self.hot {
+            hot.remove(run);
+        }
         // Cannot fail: there was room above.
         let _ = self.claims.push(InFlight { run, captured: false });
         self.counts.slots_peak = self.counts.slots_peak.max(self.pool.in_use());

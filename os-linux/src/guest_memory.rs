@@ -2,7 +2,7 @@
 
 use std::sync::Arc;
 
-use ramshot_core::{GuestAddr, HostAddr, Treatment};
+use ramshot_core::{BlockName, GuestAddr, HostAddr, Treatment};
 use vm_memory::bitmap::Bitmap;
 use vm_memory::{Address, GuestMemoryBackend, GuestMemoryMmap, GuestMemoryRegion};
 
@@ -24,7 +24,11 @@ impl GuestRam {
             let name = format!("ram{number}");
             let file = match region.file_offset() {
                 Some(behind) => {
-                    let file = behind.file().try_clone().map_err(|source| RamError::Maps { path: "a file", source })?;
+                    let file = behind.file().try_clone().map_err(|source| {
+                        // "ram" and a number always fits.
+                        BlockName::new(&name)
+                            .map_or(RamError::Name { name: name.clone() }, |block| RamError::File { block, source })
+                    })?;
                     Some(RegionFile { file, offset: behind.start() })
                 }
                 None => None,

@@ -28,9 +28,9 @@
 //! let ram = Arc::new(unsafe { GuestRam::from_regions(vec![region])? });
 //! let tracker = Tracker::open(Arc::clone(&ram), &TrackerOptions::default())?;
 //! // ... the VM is paused ...
-//! for (index, _) in ram.table().iter() {
+//! for block in ram.table().blocks() {
 //!     let mut ranges = Vec::new();
-//!     tracker.populated(index, &mut |range| ranges.push(range))?;
+//!     tracker.populated(block.used_range(), &mut |range| ranges.push(range))?;
 //!     ranges.into_iter().try_for_each(|range| tracker.protect(range))?;
 //! }
 //! // ... the VM runs again; on the thread that serves faults: ...
@@ -50,6 +50,7 @@ mod event;
 mod guest_memory;
 mod maps;
 mod populated;
+pub mod priority;
 mod probe;
 mod ram;
 mod register;

@@ -8,7 +8,7 @@ use std::os::unix::fs::{FileExt, MetadataExt};
 
 use nix::errno::Errno;
 use nix::unistd::{Whence, lseek};
-use ramshot_core::{HostAddr, HostRange, OsError};
+use ramshot_core::{HostAddr, HostRange, OsError, Residency};
 
 use crate::backing::{Content, FileAt, Piece, base_page_size};
 use crate::maps::intersection;
@@ -106,6 +106,20 @@ impl PageTable {
         Self { file, scan }
     }
 
+    /// What of `range` is resident, and how it is mapped; nothing if the kernel cannot tell (before 6.7).
+    pub(crate) fn residency(&self, range: HostRange) -> Residency {
+        let mut found = Residency::default();
+        let (Some(file), Ok(())) = (&self.file, self.scan) else { return found };
+        let scanned = scan_categories(file, range, uapi::PAGE_IS_HUGE, &mut |region| {
+            let bytes = region.end.saturating_sub(region.start);
+            found.resident = found.resident.saturating_add(bytes);
+            if region.categories & uapi::PAGE_IS_HUGE != 0 {
+                found.huge = found.huge.saturating_add(bytes);
+            }
+        });
+        if scanned.is_ok() { found } else { Residency::default() }
+    }
+
     fn present(&self, range: HostRange, each: Each<'_>) -> Result<(), OsError> {
         let Some(file) = &self.file else {
             each(range);
@@ -158,6 +172,13 @@ const REGIONS: usize = 512;
 
 /// PAGEMAP_SCAN: what is present or swapped out and not the zero page.
 fn scan(file: &File, range: HostRange, each: Each<'_>) -> Result<(), Errno> {
+    scan_categories(file, range, 0, &mut |region| {
+        each(HostRange::new(HostAddr(region.start), region.end.saturating_sub(region.start)));
+    })
+}
+
+/// The same, told apart by the categories of `told`.
+fn scan_categories(file: &File, range: HostRange, told: u64, each: &mut dyn FnMut(&PageRegion)) -> Result<(), Errno> {
     let mut regions = [PageRegion::default(); REGIONS];
     let mut start = range.start.0;
     loop {
@@ -170,13 +191,14 @@ fn scan(file: &File, range: HostRange, each: Each<'_>) -> Result<(), Errno> {
             category_inverted: uapi::PAGE_IS_PFNZERO,
             category_mask: uapi::PAGE_IS_PFNZERO,
             category_anyof_mask: uapi::PAGE_IS_PRESENT | uapi::PAGE_IS_SWAPPED,
+            return_mask: told,
             ..PmScanArg::default()
         };
         // SAFETY: `file` is open and `arg` a live `pm_scan_arg`; its `vec` points to `vec_len` regions that live on
         // this stack frame and are touched by nobody else during the call. No flag is set that changes memory.
         let found = unsafe { uapi::ioctl_pagemap_scan(file.as_raw_fd(), &raw mut arg) }?;
         for region in regions.iter().take(usize::try_from(found).unwrap_or(0)) {
-            each(HostRange::new(HostAddr(region.start), region.end.saturating_sub(region.start)));
+            each(region);
         }
         // The kernel stops early when the list is full, and must not stop where it began.
         if arg.walk_end >= range.end().0 || arg.walk_end <= start {

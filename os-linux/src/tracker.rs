@@ -10,7 +10,7 @@ use std::time::{Duration, Instant};
 
 use nix::errno::Errno;
 use nix::fcntl::{FcntlArg, OFlag, fcntl};
-use ramshot_core::{BlockIndex, Done, Event, HostAddr, HostRange, OsError, RamBlock, Treatment, WriteTracker};
+use ramshot_core::{Done, Event, HostRange, OsError, RamBlock, Residency, Treatment, WriteTracker};
 
 use crate::error::{Missing, TrackError};
 use crate::event::{self, Message, Waiter, Woken};
@@ -83,6 +83,12 @@ struct Registration {
 }
 
 impl Tracker {
+    /// The guest RAM it tracks.
+    #[must_use]
+    pub fn ram(&self) -> &Arc<GuestRam> {
+        &self.ram
+    }
+
     /// Opens a userfaultfd and registers every tracked block, whole. Nothing is protected yet. Belongs before the
     /// pause, and before a seccomp filter.
     ///
@@ -300,13 +306,20 @@ impl Tracker {
 }
 
 impl WriteTracker for Tracker {
-    fn populated(&self, block: BlockIndex, each: &mut dyn FnMut(HostRange)) -> Result<(), OsError> {
+    fn populated(&self, within: HostRange, each: &mut dyn FnMut(HostRange)) -> Result<(), OsError> {
         let table = self.ram.table();
-        let (Some(ram_block), Some(pieces)) = (table.block(block), self.ram.pieces().get(usize::from(block.0))) else {
-            return Err(OsError::new("populated: no such RAM block", libc::EINVAL));
+        let found = table.block_at(within.start).and_then(|index| {
+            let (block, pieces) = (table.block(index)?, self.ram.pieces().get(usize::from(index.0))?);
+            (within.end().0 <= block.used_range().end().0).then_some((block, pieces))
+        });
+        let Some((block, pieces)) = found else {
+            return Err(OsError::new("populated: not inside one RAM block", libc::EINVAL).on(within));
         };
-        let within = ram_block.used_range();
-        populated(&self.page_table, pieces, self.ram.pieces(), within, ram_block.page_size, each)
+        populated(&self.page_table, pieces, self.ram.pieces(), within, block.page_size, each)
+    }
+
+    fn residency(&self, within: HostRange) -> Residency {
+        self.page_table.residency(within)
     }
 
     fn protect(&self, range: HostRange) -> Result<(), OsError> {

@@ -25,6 +25,7 @@
 #![forbid(unsafe_code)]
 
 mod error;
+pub mod priority;
 mod probe;
 mod ram;
 pub mod storage;

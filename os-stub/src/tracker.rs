@@ -4,7 +4,7 @@ use std::convert::Infallible;
 use std::sync::Arc;
 use std::time::Duration;
 
-use ramshot_core::{BlockIndex, Done, Event, HostRange, OsError, WriteTracker};
+use ramshot_core::{Done, Event, HostRange, OsError, WriteTracker};
 
 use crate::error::TrackError;
 use crate::ram::GuestRam;
@@ -39,10 +39,16 @@ impl Tracker {
     pub fn open(_ram: Arc<GuestRam>, _options: &TrackerOptions) -> Result<Self, TrackError> {
         Err(TrackError::Unavailable(unsupported("write tracking")))
     }
+
+    /// The guest RAM it tracks.
+    #[must_use]
+    pub fn ram(&self) -> &Arc<GuestRam> {
+        match self.never {}
+    }
 }
 
 impl WriteTracker for Tracker {
-    fn populated(&self, _block: BlockIndex, _each: &mut dyn FnMut(HostRange)) -> Result<(), OsError> {
+    fn populated(&self, _within: HostRange, _each: &mut dyn FnMut(HostRange)) -> Result<(), OsError> {
         match self.never {}
     }
 

@@ -9,10 +9,11 @@ use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::time::Instant;
 
 use ramshot_core::{
-    BlockTable, CapturedRun, Cause, Claim, Done, Event, HostAddr, Next, OsError, PAGE_SIZE, RamSource, SlotList,
-    Snapshot, Worker, WriteTracker,
+    BlockTable, CapturedRun, Cause, Claim, Done, Event, HostAddr, HostRange, Next, OsError, PAGE_SIZE, RamSource,
+    SlotList, Snapshot, Worker, WriteTracker,
 };
 
+use super::arm::{self, Ahead};
 use super::pool::{Buffers, Job, Pool, queue};
 use crate::report::Latencies;
 use crate::sink::SinkError;
@@ -25,7 +26,7 @@ const CLAIMS: usize = 64;
 /// Where the snapshot stands between its two typestates.
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
 pub(crate) enum Phase {
-    /// Before `begin`: nothing is protected.
+    /// Before `begin`: nothing is protected, or some of it ahead of T0.
     Prepared,
     /// Inside `begin`: some of it is.
     Arming,
@@ -35,6 +36,8 @@ pub(crate) enum Phase {
 
 pub(crate) struct State {
     pub(crate) phase: Phase,
+    /// There until `Phase::Arming`.
+    pub(crate) ahead: Option<Ahead>,
     /// There from `Phase::Live` on.
     pub(crate) core: Option<Core>,
     pub(crate) pool: Pool,
@@ -59,12 +62,17 @@ pub(crate) struct State {
     early_cause: Option<Cause>,
     end_announced: bool,
     workers_waiting: usize,
-    /// Threads inside `WriteTracker::release`, on account of a claim.
+    /// Threads inside `WriteTracker::release`, on account of a claim or of a write ahead of T0.
     releasing: usize,
     disarmed: bool,
 }
 
 impl State {
+    /// Whether a release has to be tried again.
+    pub(crate) fn has_retries(&self) -> bool {
+        !self.retries.is_empty()
+    }
+
     pub(crate) fn cause(&self) -> Option<Cause> {
         self.core.as_ref().and_then(Core::cause).or(self.early_cause)
     }
@@ -127,6 +135,7 @@ impl Shared {
     ) -> Self {
         let state = State {
             phase: Phase::Prepared,
+            ahead: arm::nothing(&table),
             core: None,
             pool: Pool::new(slots, slot_pages),
             undigested: queue(slots),
@@ -251,6 +260,41 @@ impl Shared {
             Ok(()) => self.lock().disarmed = true,
             Err(error) => log::error!(target: "ramshot::snapshot", "disarm: {error}"),
         }
+    }
+
+    // ---- before T0
+
+    /// Lets the writers at `at` through that were caught by arming ahead. Returns those whose release the kernel put
+    /// off: hand them in again. They were handed in under `state`, in `Phase::Prepared`.
+    pub(crate) fn open_ahead(&self, mut state: MutexGuard<'_, State>, at: Vec<HostAddr>) -> Vec<HostAddr> {
+        let Some(ahead) = &mut state.ahead else { return at };
+        let page = |at: HostAddr| HostRange::new(HostAddr(at.0 & !(PAGE_SIZE - 1)), PAGE_SIZE);
+        let ranges: Vec<_> = at.into_iter().map(|at| (at, ahead.handle_fault(at).unwrap_or(page(at)))).collect();
+        // `begin` waits for us: what is opened after T0 would be torn.
+        state.releasing += 1;
+        drop(state);
+        let mut again = Vec::new();
+        for (at, range) in ranges {
+            match self.survive(|| self.tracker.release(range)).unwrap_or(Err(PANICKED)) {
+                Ok(Done::Yes) => {}
+                Ok(Done::Again) => again.push(at),
+                Err(error) => self.end(Cause::Release(error)),
+            }
+        }
+        let mut state = self.lock();
+        state.releasing -= 1;
+        self.work_changed(&mut state);
+        again
+    }
+
+    /// Ends the time before T0: from here on nobody lifts protection until core decides. `None` if it had ended before.
+    pub(crate) fn close_ahead(&self) -> Option<Ahead> {
+        let mut state = self.lock();
+        state.phase = Phase::Arming;
+        while state.releasing > 0 {
+            state = self.wait_for_work(state);
+        }
+        state.ahead.take()
     }
 
     // ---- the life of a run

@@ -3,6 +3,7 @@
 #![allow(clippy::unwrap_used)]
 
 use std::panic::{AssertUnwindSafe, catch_unwind};
+use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::mpsc;
 use std::time::{Duration, Instant};
 
@@ -262,7 +263,8 @@ fn a_full_pool_cancels_if_that_is_the_policy() {
 fn a_full_pool_stalls_the_writer_until_there_is_room() {
     within_seconds(10, || {
         let (live, scene, vcpu) = stuck(WhenFull::Stall);
-        until("the vCPU waits", || scene.vm.blocked() == 1);
+        let held = || live.running.shared.lock().core.as_ref().map_or(0, |core| core.counts().faults_held);
+        until("the fault is held", || held() > 0);
         scene.image.let_go();
         vcpu.join().unwrap();
         let report = live.finish();
@@ -332,6 +334,7 @@ fn no_thread_and_no_memory_is_left() {
         let (live, scene) = World::new(&vm).begin();
         let handle = live.handle();
         assert_eq!(scene.verdict(live.finish()), None);
+        assert_eq!(vm.counts().disarms, 1);
         drop(scene);
         // The handle keeps what is shared, so the threads' own references are gone if it has the only one.
         assert_eq!(Arc::strong_count(&handle.shared), 1);
@@ -562,10 +565,23 @@ fn a_fault_outside_ram_is_released_and_reported() {
         let world = World::new(&vm);
         world.image.hold();
         let (live, scene) = world.begin();
-        vm.fault_elsewhere(HostAddr(0x1234_5678));
+        vm.fault(HostAddr(0x1234_5678));
         scene.image.let_go();
         let report = live.finish();
         assert_eq!(report.as_ref().unwrap().foreign_faults, 1);
+        assert_eq!(scene.verdict(report), None);
+    });
+}
+
+#[test]
+fn a_writer_blocked_on_a_page_that_is_released_already_is_woken() {
+    within_seconds(10, || {
+        let (live, scene, vcpu) = stuck(WhenFull::Stall);
+        scene.vm.fault(pages(&scene.vm, 0, 1).start);
+        scene.image.let_go();
+        vcpu.join().unwrap();
+        let report = live.finish();
+        assert!(report.as_ref().unwrap().counts.stale_faults > 0);
         assert_eq!(scene.verdict(report), None);
     });
 }
@@ -586,24 +602,65 @@ fn memory_cannot_be_tracked_twice_at_a_time() {
     assert!(vm.is_clean());
 }
 
-/// RAM whose reads wait at a gate, after the bytes are read.
+/// RAM whose reads (from `only` there, or all) wait at a gate, after the bytes are read.
 struct Gated {
     vm: Arc<SimVm>,
+    only: Option<HostAddr>,
     open: Mutex<bool>,
     opened: Condvar,
-    waiting: std::sync::atomic::AtomicBool,
+    waiting: AtomicBool,
+}
+
+impl Gated {
+    fn new(vm: &Arc<SimVm>, only: Option<HostAddr>) -> Arc<Self> {
+        let (open, opened) = (Mutex::new(false), Condvar::new());
+        Arc::new(Self { vm: Arc::clone(vm), only, open, opened, waiting: AtomicBool::new(false) })
+    }
+
+    fn is_waited_at(&self) -> bool {
+        self.waiting.load(Ordering::SeqCst)
+    }
+
+    fn open(&self) {
+        *self.open.lock().unwrap() = true;
+        self.opened.notify_all();
+    }
 }
 
 impl RamSource for Gated {
     fn read(&self, from: HostAddr, into: &mut [u8]) -> Result<(), OsError> {
         self.vm.read(from, into)?;
-        let mut open = self.open.lock().unwrap();
-        self.waiting.store(true, std::sync::atomic::Ordering::SeqCst);
-        while !*open {
-            open = self.opened.wait(open).unwrap();
+        if self.only.is_none_or(|only| only == from) {
+            let mut open = self.open.lock().unwrap();
+            self.waiting.store(true, Ordering::SeqCst);
+            while !*open {
+                open = self.opened.wait(open).unwrap();
+            }
         }
         Ok(())
     }
+}
+
+#[test]
+fn a_fault_that_waits_for_room_needs_no_worker_to_be_served() {
+    within_seconds(10, || {
+        let vm = SimVm::new(8);
+        fill(&vm);
+        let gated = Gated::new(&vm, Some(pages(&vm, 1, 1).start));
+        let mut world = World::new(&vm);
+        (world.slots, world.limits.reserve_slots, world.limits.scan_pages) = (2, 0, 1);
+        world.ram = Arc::clone(&gated) as Arc<dyn RamSource>;
+        world.image.hold();
+        let (live, scene) = world.begin();
+        until("page 0 hangs in the sink, page 1 in a worker", || gated.is_waited_at() && scene.image.waiting() == 1);
+        let vcpu = spawn_write(&vm, 5, 9);
+        let held = || live.running.shared.lock().core.as_ref().map_or(0, |core| core.counts().faults_held);
+        until("the fault is held", || held() > 0);
+        scene.image.let_go();
+        vcpu.join().unwrap();
+        gated.open();
+        assert_eq!(scene.verdict(live.finish()), None);
+    });
 }
 
 // The kernel lifts a protection whoever put it on. A worker that was late used to release, with the descriptor of a
@@ -613,36 +670,24 @@ fn a_worker_that_is_late_does_not_disturb_the_next_snapshot() {
     within_seconds(10, || {
         let vm = SimVm::new(8);
         fill(&vm);
-        let gated = Arc::new(Gated {
-            vm: Arc::clone(&vm),
-            open: Mutex::new(false),
-            opened: Condvar::new(),
-            waiting: false.into(),
-        });
+        let gated = Gated::new(&vm, None);
         let mut first = World::new(&vm);
         first.ram = Arc::clone(&gated) as Arc<dyn RamSource>;
         let (first, first_scene) = first.begin();
-        until("a worker is late", || gated.waiting.load(std::sync::atomic::Ordering::SeqCst));
+        until("a worker is late", || gated.is_waited_at());
         first.cancel();
         until("disarmed", || vm.is_clean());
 
         let mut second = World::new(&vm);
-        let late = Arc::new(Gated {
-            vm: Arc::clone(&vm),
-            open: Mutex::new(false),
-            opened: Condvar::new(),
-            waiting: false.into(),
-        });
+        let late = Gated::new(&vm, None);
         second.ram = Arc::clone(&late) as Arc<dyn RamSource>;
         let (second, scene) = second.begin();
-        *gated.open.lock().unwrap() = true;
-        gated.opened.notify_all();
+        gated.open();
         assert!(matches!(first.finish(), Err(SnapshotFailed::Ended { cause: Cause::Cancelled, .. })));
         assert_eq!(first_scene.image.outcome(), Outcome::Aborted);
         let running = vcpus(&vm, 2);
         until("the vCPUs wait", || vm.blocked() == 2);
-        *late.open.lock().unwrap() = true;
-        late.opened.notify_all();
+        late.open();
         assert_eq!(scene.verdict(second.finish()), None);
         join_vcpus(&scene, running);
     });

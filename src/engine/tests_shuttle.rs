@@ -11,9 +11,7 @@
 
 use std::time::Instant;
 
-use ramshot_core::{
-    BlockIndex, Cause, Done, Event, HostAddr, HostRange, OsError, PageId, RamSource, WhenFull, WriteTracker,
-};
+use ramshot_core::{Cause, Done, Event, HostAddr, HostRange, OsError, PageId, RamSource, WhenFull, WriteTracker};
 use shuttle::scheduler::{PctScheduler, RandomScheduler};
 use shuttle::{Config, MaxSteps, Runner};
 
@@ -252,6 +250,19 @@ scenarios! {
         assert_eq!(run_with(trouble.on(Call::NextEvents, 4..8, Mishap::Early), 2), None);
     }
 
+    /// A fault that raced with the release of its page: nobody will release it again, unless for its own sake.
+    shuttle_stale_fault_of_a_blocked_writer {
+        let vm = vm();
+        vm.trouble(Trouble::default().on(Call::Release, 1..3, Mishap::Again));
+        let (live, scene) = world(&vm, 1).begin();
+        let racer = {
+            let vm = Arc::clone(&vm);
+            thread::spawn(move || vm.fault(pages(&vm, 0, 1).start))
+        };
+        assert_eq!(run((live, scene), |_| ()), None);
+        racer.join().unwrap();
+    }
+
     shuttle_before_discard {
         let vm = vm();
         let (live, scene) = world(&vm, 2).begin();
@@ -344,8 +355,8 @@ impl RamSource for Broken {
 }
 
 impl WriteTracker for Broken {
-    fn populated(&self, block: BlockIndex, each: &mut dyn FnMut(HostRange)) -> Result<(), OsError> {
-        self.tracker.populated(block, each)
+    fn populated(&self, within: HostRange, each: &mut dyn FnMut(HostRange)) -> Result<(), OsError> {
+        self.tracker.populated(within, each)
     }
 
     fn protect(&self, range: HostRange) -> Result<(), OsError> {

@@ -20,10 +20,12 @@ const RETRY_MS: u32 = 1;
 /// The fault thread: reads events, serves faults, and nothing else. It leaves when everything is captured or the
 /// snapshot has ended, and disarms on its way out, however it leaves.
 pub(crate) fn serve_faults(shared: &Shared) {
+    crate::os::priority::run_at_once();
     let room = 1024;
     let mut server = FaultServer {
         shared,
         held: Vec::with_capacity(room),
+        held_ahead: false,
         stale: Vec::with_capacity(room),
         foreign: Vec::with_capacity(room),
     };
@@ -42,6 +44,8 @@ struct FaultServer<'a> {
     shared: &'a Shared,
     /// Write faults that core has not taken yet: they came while memory was being armed, or its queue was full.
     held: Vec<Event>,
+    /// Some of them were put off by the kernel before T0.
+    held_ahead: bool,
     /// Stale faults whose release the kernel put off.
     stale: Vec<HostRange>,
     /// Faults that are not ours, to be logged.
@@ -54,7 +58,7 @@ impl<'a> FaultServer<'a> {
         let mut events = [Event::WriteFault { at: HostAddr(0) }; BATCH];
         let shared = self.shared;
         loop {
-            let retries = !self.stale.is_empty() || !shared.lock().retries.is_empty();
+            let retries = !self.stale.is_empty() || shared.lock().has_retries() || self.held_ahead;
             shared.tracker.next_events(&mut [], retries.then_some(RETRY_MS))?;
             // Read under the lock: a discard goes on as soon as its event is read, and what is captured after that must
             // not count as captured before it.
@@ -63,7 +67,7 @@ impl<'a> FaultServer<'a> {
             let read_at = Instant::now();
             self.take_in(&mut state, events.get(..count).unwrap_or_default());
             let go_on = match state.phase {
-                Phase::Prepared => !state.is_over(),
+                Phase::Prepared => self.open_ahead(state),
                 // `begin` interrupts us when it is through.
                 Phase::Arming => !state.stop,
                 Phase::Live => self.serve_all(state, read_at),
@@ -74,8 +78,22 @@ impl<'a> FaultServer<'a> {
         }
     }
 
+    /// Lets through what was caught ahead of T0. False: there is nothing more to do.
+    fn open_ahead(&mut self, state: MutexGuard<'a, State>) -> bool {
+        let over = state.is_over();
+        let faults = self.held.drain(..).filter_map(|event| match event {
+            Event::WriteFault { at } => Some(at),
+            _ => None,
+        });
+        let again = self.shared.open_ahead(state, faults.collect());
+        self.held.extend(again.into_iter().map(|at| Event::WriteFault { at }));
+        self.held_ahead = !self.held.is_empty();
+        !over
+    }
+
     /// Serves until nothing is left that can be served now. False: the work of this thread is over.
     fn serve_all(&mut self, mut state: MutexGuard<'a, State>, read_at: Instant) -> bool {
+        self.held_ahead = false;
         loop {
             self.offer_faults(&mut state);
             self.shared.announce_end(&mut state);
@@ -98,8 +116,6 @@ impl<'a> FaultServer<'a> {
     fn take_in(&mut self, state: &mut State, events: &[Event]) {
         for &event in events {
             match event {
-                // Nothing is protected yet.
-                Event::WriteFault { .. } if state.phase == Phase::Prepared => {}
                 Event::WriteFault { .. } => self.held.push(event),
                 Event::MissingFault { at } => {
                     state.foreign_faults += 1;
@@ -108,7 +124,13 @@ impl<'a> FaultServer<'a> {
                 Event::Discarded(_) | Event::Unmapped(_) => match (&mut state.core, state.phase) {
                     (Some(core), _) => hear_of_loss(core, event),
                     (None, Phase::Arming) => state.early_losses.push(event),
-                    (None, _) => {}
+                    (None, _) => {
+                        if let (Some(ahead), Event::Discarded(range) | Event::Unmapped(range)) =
+                            (&mut state.ahead, event)
+                        {
+                            ahead.handle_discarded(range);
+                        }
+                    }
                 },
             }
         }

@@ -226,9 +226,10 @@ impl SimVm {
         }
     }
 
-    /// A thread faults at an address of no RAM block (something else registered with the same context), and blocks
-    /// until that is released.
-    pub fn fault_elsewhere(&self, at: HostAddr) {
+    /// A thread faults at `at` whatever the protection there is, and blocks until it is released: at an address of no
+    /// RAM block, something else registered with the same context; at a page released already, a fault that raced with
+    /// the release.
+    pub fn fault(&self, at: HostAddr) {
         drop(self.block_on(self.lock(), Event::WriteFault { at }, Until::Released(at)));
     }
 

@@ -2,7 +2,7 @@
 
 use std::time::Duration;
 
-use ramshot_core::{BlockIndex, Done, Event, HostRange, OsError, PAGE_SIZE, WriteTracker};
+use ramshot_core::{Done, Event, HostRange, OsError, PAGE_SIZE, WriteTracker};
 
 use super::trouble::{Call, Mishap, happen};
 use super::{Context, PAGE, Queued, SimVm, State, Until, span};
@@ -88,12 +88,15 @@ impl State {
 }
 
 impl WriteTracker for SimTracker {
-    fn populated(&self, block: BlockIndex, each: &mut dyn FnMut(HostRange)) -> Result<(), OsError> {
+    fn populated(&self, within: HostRange, each: &mut dyn FnMut(HostRange)) -> Result<(), OsError> {
         let state = self.call(Call::Populated)?;
-        let Some(ram_block) = self.vm.table.block(block) else {
-            return Err(OsError::new("populated", EINVAL));
+        let table = &self.vm.table;
+        let Some(ram_block) = table.block_at(within.start).and_then(|block| table.block(block)) else {
+            return Err(OsError::new("populated", EINVAL).on(within));
         };
-        let (from, to) = span(self.vm.table.block_run(block));
+        let Some((from, to)) = table.runs_in(within).next().map(span) else {
+            return Err(OsError::new("populated", EINVAL).on(within));
+        };
         let unit = usize::try_from(ram_block.page_size).unwrap_or(PAGE) / PAGE;
         let touched: Vec<bool> = state
             .pages
@@ -103,7 +106,7 @@ impl WriteTracker for SimTracker {
             .map(|host_page| host_page.iter().any(|page| page.touched && page.mapped))
             .collect();
         drop(state);
-        let mut start = ram_block.host;
+        let mut start = within.start;
         for host_pages in touched.chunk_by(|a, b| a == b) {
             let range = HostRange::new(start, host_pages.len() as u64 * ram_block.page_size);
             if host_pages.first() == Some(&true) {

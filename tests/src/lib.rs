@@ -25,6 +25,7 @@
 //! # Ok(()) }
 //! ```
 
+pub mod chaos;
 mod gate;
 mod guest;
 mod hugepages;
@@ -33,12 +34,14 @@ mod kvm;
 #[cfg(target_arch = "x86_64")]
 mod loader;
 mod memory;
+pub mod snapshot_run;
 #[cfg(target_arch = "x86_64")]
 mod state;
 mod stats;
 mod threads;
 #[cfg(target_arch = "x86_64")]
 mod vcpu;
+pub mod verify;
 mod worker;
 
 use std::fmt;

@@ -2,6 +2,8 @@
 //!
 //! Every test runs with threads as the guest, and with KVM where it can be used.
 
+#![allow(clippy::unwrap_used, clippy::cast_possible_truncation)]
+
 use std::io::Read;
 use std::mem::offset_of;
 use std::process::{Command, Stdio};

@@ -30,7 +30,8 @@ fn check(shell: &Shell, target: &str, packages: &[&str]) -> Outcome {
     cmd!(shell, "cargo check --quiet --target {target} {packages...}").run()?;
     if target != "x86_64-unknown-none" && target != "aarch64-unknown-linux-gnu" {
         // A stub build must not even name what only Linux has.
-        let tree = cmd!(shell, "cargo tree --quiet --package ramshot --edges normal --target {target}").quiet().read()?;
+        let tree =
+            cmd!(shell, "cargo tree --quiet --package ramshot --edges normal --target {target}").quiet().read()?;
         for forbidden in ["libc v", "nix v", "userfaultfd v"] {
             if tree.contains(forbidden) {
                 return Err(format!("a build for {target} links {forbidden:?}").into());

@@ -44,8 +44,11 @@ fn userfaultfd_feature(shell: &Shell) -> bool {
 fn lints(shell: &Shell, features: bool) -> Outcome {
     cmd!(shell, "cargo clippy --workspace --all-targets --quiet -- -D warnings").run()?;
     if features {
-        cmd!(shell, "cargo clippy --package ramshot-linux --package ramshot --all-targets --all-features --quiet -- -D warnings")
-            .run()?;
+        cmd!(
+            shell,
+            "cargo clippy --package ramshot-linux --package ramshot --all-targets --all-features --quiet -- -D warnings"
+        )
+        .run()?;
     }
     Ok(cmd!(shell, "cargo doc --workspace --no-deps --quiet").env("RUSTDOCFLAGS", "-D warnings").run()?)
 }

@@ -25,6 +25,7 @@ where
         W: Hash,
     {
         self.pending.hash(hasher);
+        self.hot.hash(hasher);
         self.pool.hash(hasher);
         hasher.write_usize(self.faults.len());
         self.faults.iter().for_each(|page| page.hash(hasher));

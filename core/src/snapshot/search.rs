@@ -16,7 +16,8 @@ where
     W: AsRef<[u64]> + AsMut<[u64]>,
 {
     pub(super) fn next_in_scan(&mut self) -> Next {
-        let ahead = self.next_scannable(self.search.page);
+        let hot = self.next_hot();
+        let ahead = hot.or_else(|| self.next_scannable(self.search.page));
         let Some(page) = ahead.or_else(|| self.next_scannable(PageId(0))) else {
             // Only blocks that are captured inside the pause are left; they are not the scan's.
             return Next::Idle;
@@ -45,6 +46,20 @@ where
             let run = self.table.block_run(i);
             self.pending.next_set(run.first).filter(|&page| run.contains(page))
         })
+    }
+
+    /// The next page that was written lately, going on from where the scan stands.
+    fn next_hot(&mut self) -> Option<PageId> {
+        loop {
+            let hot = self.hot.as_ref()?;
+            let page = hot.next_set(self.search.page).or_else(|| hot.next_set(PageId(0)))?;
+            if self.pending.contains(page) && !self.is_in_pause_block(page) {
+                return Some(page);
+            }
+            if let Some(hot) = &mut self.hot {
+                hot.remove(Run::new(page, 1));
+            }
+        }
     }
 
     /// The first pending page at or after `from` that the scan may take.

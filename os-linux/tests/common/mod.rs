@@ -203,8 +203,9 @@ pub fn events(tracker: &Tracker, timeout: Duration) -> Vec<Event> {
 }
 
 pub fn populated(tracker: &Tracker, block: u16) -> Vec<HostRange> {
+    let used = tracker.ram().table().block(BlockIndex(block)).unwrap().used_range();
     let mut ranges = Vec::new();
-    tracker.populated(BlockIndex(block), &mut |range| ranges.push(range)).unwrap();
+    tracker.populated(used, &mut |range| ranges.push(range)).unwrap();
     ranges
 }
 

@@ -4,7 +4,6 @@
 mod options;
 mod outcome;
 mod run;
-mod verify;
 
 use std::error::Error;
 use std::fs::OpenOptions;
@@ -12,7 +11,8 @@ use std::io::Write;
 use std::process::ExitCode;
 
 use clap::Parser;
-use ramshot_tests::Accel;
+use ramshot_tests::{Accel, kvm_unavailable};
+use ramshot_tests::snapshot_run::chain;
 
 use self::options::Options;
 use self::outcome::Outcome;
@@ -72,25 +72,4 @@ fn run_all(options: &Options) -> Result<bool, Box<dyn Error>> {
     }
     println!("{}", if ok { "all ok" } else { "FAILED" });
     Ok(ok)
-}
-
-#[cfg(target_arch = "x86_64")]
-fn kvm_unavailable() -> Option<String> {
-    ramshot_tests::kvm_unavailable()
-}
-
-#[cfg(not(target_arch = "x86_64"))]
-fn kvm_unavailable() -> Option<String> {
-    Some("the guest image is built for x86-64 only".to_owned())
-}
-
-/// An error with its causes.
-fn chain(error: &dyn Error) -> String {
-    let mut text = error.to_string();
-    let mut source = error.source();
-    while let Some(cause) = source {
-        text = format!("{text}: {cause}");
-        source = cause.source();
-    }
-    text
 }

@@ -9,58 +9,61 @@ use ramshot_tests::{Accel, Backing, Workload};
 /// at T0, restores it into a fresh VM, lets that run and check itself.
 #[derive(Parser, Clone, Debug)]
 #[command(name = "cargo xtask e2e", version)]
-pub struct Options {
+pub(crate) struct Options {
     /// A guest under KVM, or threads of this process as the guest. Without KVM the default falls back to threads, and
     /// says so.
     #[arg(long, value_name = "kvm|threads")]
-    pub accel: Option<Accel>,
+    pub(crate) accel: Option<Accel>,
     /// Guest RAM (K, M, G).
     #[arg(long, default_value = "512M", value_parser = size)]
-    pub mem: u64,
+    pub(crate) mem: u64,
     /// vCPUs.
     #[arg(long, default_value_t = 2, value_parser = clap::value_parser!(u32).range(1..=16))]
-    pub vcpus: u32,
+    pub(crate) vcpus: u32,
     /// What the guest does.
     #[arg(long, value_name = "idle|seq|random", default_value = "random")]
-    pub workload: Workload,
+    pub(crate) workload: Workload,
     /// Memory it writes to (K, M, G).
     #[arg(long, default_value = "64M", value_parser = size)]
-    pub working_set: u64,
+    pub(crate) working_set: u64,
     /// Writes a second and vCPU, or `max`.
     #[arg(long, default_value = "max", value_parser = rate)]
-    pub rate: Rate,
+    pub(crate) rate: Rate,
     /// What guest RAM is made of.
     #[arg(long, value_name = "anon|thp|memfd|hugetlb", default_value = "anon")]
-    pub backing: Backing,
+    pub(crate) backing: Backing,
     /// How many times.
     #[arg(long, default_value_t = 1)]
-    pub runs: u32,
+    pub(crate) runs: u32,
     /// Where the snapshot files go; they are removed unless this is given.
     #[arg(long)]
-    pub out: Option<PathBuf>,
+    pub(crate) out: Option<PathBuf>,
     /// One JSON object per run is appended to this file.
     #[arg(long)]
-    pub json: Option<PathBuf>,
+    pub(crate) json: Option<PathBuf>,
     /// Seed of the first run; the next ones count up.
     #[arg(long, default_value_t = 1)]
-    pub seed: u64,
+    pub(crate) seed: u64,
     /// Scan workers.
     #[arg(long, default_value_t = 1)]
-    pub workers: usize,
+    pub(crate) workers: usize,
     /// Image writers.
     #[arg(long, default_value_t = 1)]
-    pub writers: usize,
+    pub(crate) writers: usize,
+    /// When memory is protected: ahead of the pause as far as that pays, or all of it inside the pause.
+    #[arg(long, value_enum, default_value = "ahead")]
+    pub arm: Arm,
     /// Pool size (K, M, G).
     #[arg(long, default_value = "64M", value_parser = size)]
-    pub pool: u64,
+    pub(crate) pool: u64,
 }
 
 /// Writes a second and vCPU.
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
-pub struct Rate(pub Option<u64>);
+pub(crate) struct Rate(pub(crate) Option<u64>);
 
 /// `64M` and the like.
-pub fn size(text: &str) -> Result<u64, String> {
+pub(crate) fn size(text: &str) -> Result<u64, String> {
     let digits = text.trim_end_matches(|c: char| c.is_ascii_alphabetic());
     let unit = match text.get(digits.len()..).unwrap_or_default() {
         "" => 1,
@@ -84,4 +87,11 @@ fn rate(text: &str) -> Result<Rate, String> {
         Ok(n) if n > 0 => Ok(Rate(Some(n))),
         _ => Err("must be `max` or a positive number of writes a second".to_owned()),
     }
+}
+
+/// When memory is protected.
+#[derive(Clone, Copy, PartialEq, Eq, Debug, clap::ValueEnum)]
+pub enum Arm {
+    Ahead,
+    Pause,
 }

@@ -2,15 +2,13 @@
 
 use std::error::Error;
 use std::path::{Path, PathBuf};
-use std::sync::Arc;
-use std::time::{Duration, Instant};
+use std::time::Duration;
 
-use ramshot::{GuestRam, Live, Pending, SnapshotFailed, SnapshotFile};
-use ramshot_tests::{Accel, CheckReport, Gaps, Guest, GuestConfig, Memory, Workload, new_guest};
+use ramshot::SnapshotFile;
+use ramshot_tests::{Accel, Gaps, Guest, GuestConfig, Memory, Workload, new_guest, snapshot_run, verify};
 
-use crate::options::Options;
+use crate::options::{Arm, Options};
 use crate::outcome::{GuestRate, Outcome, SelfCheck, Stall};
-use crate::verify;
 
 /// How long the guest's rate is watched before and after.
 const WATCH: Duration = Duration::from_millis(300);
@@ -20,7 +18,7 @@ const LATE: u64 = 4 << 20;
 
 type Result<T> = std::result::Result<T, Box<dyn Error>>;
 
-pub fn run(options: &Options, accel: Accel, seed: u64) -> Result<Outcome> {
+pub(crate) fn run(options: &Options, accel: Accel, seed: u64) -> Result<Outcome> {
     let mut outcome = Outcome::new(options, accel, seed);
     let config = GuestConfig {
         vcpus: options.vcpus,
@@ -62,7 +60,7 @@ pub fn run(options: &Options, accel: Accel, seed: u64) -> Result<Outcome> {
 
 /// Takes the snapshot. Returns guest RAM at T0.
 fn snapshot(options: &Options, guest: &dyn Guest, path: &Path, outcome: &mut Outcome) -> Result<Vec<Vec<u8>>> {
-    let ram = Arc::new(GuestRam::from_guest_memory(Arc::clone(guest.memory().guest()))?);
+    let ram = snapshot_run::guest_ram(guest)?;
     let settings = ramshot::Options {
         replace: true,
         workers: options.workers,
@@ -71,32 +69,17 @@ fn snapshot(options: &Options, guest: &dyn Guest, path: &Path, outcome: &mut Out
         ..ramshot::Options::default()
     };
     let prepared = ramshot::prepare(&ram, path, &settings)?;
+    let prepared = if options.arm == Arm::Ahead { prepared.arm_ahead()? } else { prepared };
+    let begun = snapshot_run::begin(guest, prepared)?;
+    outcome.pause_us = micros(begun.pause);
 
-    let stopping = Instant::now();
-    guest.pause()?;
-    let stopped = stopping.elapsed();
-    // The test's own doing, not part of the pause: the copy to compare with (before `begin`, or the scan would be through
-    // by the time it is made), and a histogram that begins now.
-    let t0 = {
-        guest.talk().reset_gaps_at_resume()?;
-        guest.start_late_writes()?;
-        guest.memory().copy()?
-    };
-    let writes_at_t0 = guest.writes()?;
-    let beginning = Instant::now();
-    let begun = guest.save_state().map(|state| prepared.begin(Pending::All, state));
-    guest.resume()?;
-    let resumed = Instant::now();
-    outcome.pause_us = micros(stopped + resumed.duration_since(beginning));
-
-    let live = begun??;
-    let captured = wait_until_captured(&live);
-    let seconds = resumed.elapsed().as_secs_f64();
-    outcome.guest_writes_during = guest.writes()? - writes_at_t0;
+    let live = begun.live?;
+    snapshot_run::wait_until_captured(&live);
+    let seconds = begun.resumed.elapsed().as_secs_f64();
+    outcome.guest_writes_during = guest.writes()? - begun.writes_at_t0;
     outcome.stall_us = stall(&guest.stats()?.gaps);
     outcome.guest_rate = GuestRate { during: per_second(outcome.guest_writes_during, seconds), ..GuestRate::default() }
         .with_before(outcome.guest_rate.before);
-    captured?;
     let report = live.finish()?;
     outcome.arm_us = micros(report.arm);
     outcome.capture_ms = millis(report.capture);
@@ -105,17 +88,7 @@ fn snapshot(options: &Options, guest: &dyn Guest, path: &Path, outcome: &mut Out
     outcome.write_faults = report.counts.faults;
     outcome.pages_by_fault = report.counts.by_fault;
     outcome.bytes_written = report.image.written_bytes;
-    Ok(t0)
-}
-
-fn wait_until_captured(live: &Live) -> std::result::Result<(), SnapshotFailed> {
-    loop {
-        let progress = live.progress();
-        if progress.captured || progress.ended {
-            return Ok(());
-        }
-        std::thread::sleep(Duration::from_micros(200));
-    }
+    Ok(begun.t0)
 }
 
 /// Into a fresh VM, which then runs and checks itself.
@@ -127,18 +100,12 @@ fn restore(
     t0: &[Vec<u8>],
     outcome: &mut Outcome,
 ) -> Result<()> {
-    let memory = Memory::new(options.mem, options.backing)?;
-    let start = Instant::now();
-    let ram = GuestRam::from_guest_memory(Arc::clone(memory.guest()))?;
-    file.restore_into(ram.table(), &ram, 2)?;
-    outcome.restore_ms = millis(start.elapsed());
-    drop(ram);
-    let restored = verify::against_memory(&memory.copy()?, t0);
+    let restored = snapshot_run::restore(accel, config, (options.mem, options.backing), file, t0)?;
+    outcome.restore_ms = millis(restored.took);
     if restored.mismatched > 0 {
         outcome.problems.push(format!("{} pages differ from T0 after the restore", restored.mismatched));
     }
-    let guest = new_guest(accel, memory, config)?;
-    guest.restore(file.device_state())?;
+    let guest = restored.guest;
     let before = guest.writes()?;
     guest.resume()?;
     std::thread::sleep(WATCH);
@@ -150,14 +117,7 @@ fn restore(
 }
 
 fn self_check(guest: &dyn Guest, who: &str, problems: &mut Vec<String>) -> Result<SelfCheck> {
-    let report: CheckReport = guest.self_check(CHECK_TIMEOUT)?;
-    if !report.is_ok() {
-        let first = report.first.clone().unwrap_or_else(|| "it checked no page".to_owned());
-        problems.push(format!("{who} found {} errors in its memory: {first}", report.errors));
-    }
-    if let Some(failure) = guest.failure() {
-        problems.push(format!("{who} failed: {failure}"));
-    }
+    let report = snapshot_run::self_check(guest, who, CHECK_TIMEOUT, problems)?;
     Ok(SelfCheck { ok: report.is_ok(), pages: report.pages, errors: report.errors })
 }
 

@@ -6,17 +6,24 @@ use ramshot::SnapshotFile;
 use ramshot::core::{PAGE_SIZE, PageId};
 
 /// What the comparison showed.
-#[derive(Default)]
+#[derive(Clone, Copy, Debug, Default)]
 pub struct Verified {
+    /// Pages compared.
     pub pages: u64,
+    /// Pages that differ from T0.
     pub mismatched: u64,
+    /// Pages that are all zeros in the image.
     pub zero: u64,
+    /// The first page that differs.
     pub first_mismatch: Option<PageId>,
 }
 
 const PAGE: usize = 4096;
 
 /// Every page of `file` against `t0`, the regions of guest RAM in order.
+///
+/// # Errors
+/// The file has another number of pages, or one cannot be read (its checksum does not fit, for example).
 pub fn against_file(file: &SnapshotFile, t0: &[Vec<u8>]) -> Result<Verified, Box<dyn Error>> {
     let mut verified = Verified::default();
     let mut page = 0;
@@ -34,6 +41,9 @@ pub fn against_file(file: &SnapshotFile, t0: &[Vec<u8>]) -> Result<Verified, Box
 }
 
 /// The flat RAM of the file, read by a program that knows nothing of the format: its first bytes are the memory.
+///
+/// # Errors
+/// The file cannot be read, or is too short.
 pub fn flat(path: &std::path::Path, t0: &[Vec<u8>]) -> Result<bool, std::io::Error> {
     use std::io::Read;
     let mut file = std::fs::File::open(path)?;
@@ -51,6 +61,7 @@ pub fn flat(path: &std::path::Path, t0: &[Vec<u8>]) -> Result<bool, std::io::Err
 }
 
 /// Restored memory against `t0`.
+#[must_use]
 pub fn against_memory(restored: &[Vec<u8>], t0: &[Vec<u8>]) -> Verified {
     let mut verified = Verified::default();
     let pages = restored.iter().zip(t0).flat_map(|(r, t)| r.chunks_exact(PAGE).zip(t.chunks_exact(PAGE)));

@@ -1,0 +1,132 @@
+//! One live snapshot of a guest, step by step, with the copy of guest RAM at T0 to compare it with. What the end-to-end
+//! program, the soak and the fault tests have in common.
+
+use std::error::Error;
+use std::sync::Arc;
+use std::time::{Duration, Instant};
+
+use ramshot::{GuestRam, Live, Pending, Prepared, RamError, SnapshotFailed, SnapshotFile};
+
+use crate::{Accel, Backing, CheckReport, Guest, GuestConfig, GuestError, Memory, new_guest, verify};
+
+/// The RAM of `guest`, as ramshot wants it described.
+///
+/// # Errors
+/// What ramshot thinks of it.
+pub fn guest_ram(guest: &dyn Guest) -> Result<Arc<GuestRam>, RamError> {
+    Ok(Arc::new(GuestRam::from_guest_memory(Arc::clone(guest.memory().guest()))?))
+}
+
+/// T0 has passed and the guest runs.
+pub struct Begun<L> {
+    /// What `begin` said.
+    pub live: L,
+    /// Guest RAM at T0, region after region, copied by other means than ramshot's.
+    pub t0: Vec<Vec<u8>>,
+    /// Writes of the guest until T0.
+    pub writes_at_t0: u64,
+    /// vCPUs stopped to vCPUs running, without the time in which the copy was made.
+    pub pause: Duration,
+    /// When the guest ran again.
+    pub resumed: Instant,
+}
+
+/// Stops the guest, copies its RAM, begins the snapshot, lets it go on (whatever `begin` said). From then on the guest
+/// writes its late area, and its gaps count afresh.
+///
+/// The copy is made before `begin`, or the scan would be through by the time it is made.
+///
+/// # Errors
+/// The guest does not do what it is asked.
+pub fn begin(guest: &dyn Guest, prepared: Prepared) -> Result<Begun<Result<Live, SnapshotFailed>>, GuestError> {
+    let stopping = Instant::now();
+    guest.pause()?;
+    let stopped = stopping.elapsed();
+    guest.talk().reset_gaps_at_resume()?;
+    guest.start_late_writes()?;
+    let t0 = guest.memory().copy()?;
+    let writes_at_t0 = guest.writes()?;
+    let beginning = Instant::now();
+    let live = guest.save_state().map(|state| prepared.begin(Pending::All, state));
+    guest.resume()?;
+    let resumed = Instant::now();
+    let pause = stopped + resumed.duration_since(beginning);
+    Ok(Begun { live: live?, t0, writes_at_t0, pause, resumed })
+}
+
+/// Waits until every page is captured or the snapshot has ended.
+pub fn wait_until_captured(live: &Live) {
+    loop {
+        let progress = live.progress();
+        if progress.captured || progress.ended {
+            return;
+        }
+        std::thread::sleep(Duration::from_micros(200));
+    }
+}
+
+/// A snapshot given back.
+pub struct Restored {
+    /// The new guest, paused.
+    pub guest: Box<dyn Guest>,
+    /// How long filling its RAM took.
+    pub took: Duration,
+    /// Pages that differ from T0.
+    pub mismatched: u64,
+}
+
+/// Restores `file` into fresh memory of `size` bytes and a new guest, which is then paused.
+///
+/// # Errors
+/// The file, the memory or the guest: whatever does not work.
+pub fn restore(
+    accel: Accel,
+    config: GuestConfig,
+    (size, backing): (u64, Backing),
+    file: &SnapshotFile,
+    t0: &[Vec<u8>],
+) -> Result<Restored, Box<dyn Error>> {
+    let memory = Memory::new(size, backing)?;
+    let start = Instant::now();
+    let ram = GuestRam::from_guest_memory(Arc::clone(memory.guest()))?;
+    file.restore_into(ram.table(), &ram, 2)?;
+    let took = start.elapsed();
+    drop(ram);
+    let mismatched = verify::against_memory(&memory.copy()?, t0).mismatched;
+    let guest = new_guest(accel, memory, config)?;
+    guest.restore(file.device_state())?;
+    Ok(Restored { guest, took, mismatched })
+}
+
+/// Has the guest check its memory; what it found wrong is added to `problems`.
+///
+/// # Errors
+/// It does not answer within `timeout`.
+pub fn self_check(
+    guest: &dyn Guest,
+    who: &str,
+    timeout: Duration,
+    problems: &mut Vec<String>,
+) -> Result<CheckReport, GuestError> {
+    let report = guest.self_check(timeout)?;
+    if !report.is_ok() {
+        let first = report.first.clone().unwrap_or_else(|| "it checked no page".to_owned());
+        problems.push(format!("{who} found {} errors in its memory: {first}", report.errors));
+    }
+    if let Some(failure) = guest.failure() {
+        problems.push(format!("{who} failed: {failure}"));
+    }
+    Ok(report)
+}
+
+/// An error with its causes.
+#[must_use]
+pub fn chain(error: &dyn Error) -> String {
+    let mut text = error.to_string();
+    let mut source = error.source();
+    while let Some(cause) = source {
+        text = format!("{text}: {cause}");
+        source = cause.source();
+    }
+    text
+}
