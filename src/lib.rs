@@ -54,6 +54,11 @@ pub use ramshot_core::{Cause, GuestAddr, HostAddr, Treatment, WhenFull};
 pub use report::{Latencies, Progress, Report};
 pub use sink::ImageSink;
 
+/// The README's example compiles.
+#[cfg(all(doctest, feature = "vm-memory"))]
+#[doc = include_str!("../README.md")]
+struct Readme;
+
 // The one place where the operating system is chosen.
 #[cfg(target_os = "linux")]
 use ramshot_linux as os;

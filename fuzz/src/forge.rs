@@ -85,27 +85,64 @@ struct Section {
 #[derive(Arbitrary, Debug)]
 enum Change {
     /// A number in the block table, the page states, ...
-    Number { section: u8, at: u16, value: Value },
+    Number {
+        section: u8,
+        at: u16,
+        value: Value,
+    },
     /// A byte there.
-    Byte { section: u8, at: u16, xor: u8 },
+    Byte {
+        section: u8,
+        at: u16,
+        xor: u8,
+    },
     /// A number in the header, after it was filled in.
-    Header { at: u8, value: Value },
+    Header {
+        at: u8,
+        value: Value,
+    },
     /// One in the section directory, after it was filled in.
-    Directory { at: u16, value: Value },
+    Directory {
+        at: u16,
+        value: Value,
+    },
     /// One in the tail, after it was filled in.
-    Tail { at: u8, value: Value },
+    Tail {
+        at: u8,
+        value: Value,
+    },
     /// A record of 1, 4, 8 or 96 bytes less.
-    Remove { section: u8, at: u16, size: u8 },
+    Remove {
+        section: u8,
+        at: u16,
+        size: u8,
+    },
     /// Or there twice.
-    Repeat { section: u8, at: u16, size: u8, times: u8 },
+    Repeat {
+        section: u8,
+        at: u16,
+        size: u8,
+        times: u8,
+    },
     /// A section less, more, elsewhere.
     WithoutSection(u8),
-    Section { tag: [u8; 4], flags: u8, bytes: [u8; 12] },
+    Section {
+        tag: [u8; 4],
+        flags: u8,
+        bytes: [u8; 12],
+    },
     Swap(u8, u8),
     /// A byte of a page, whatever its state.
-    Page { page: u16, at: u16, xor: u8 },
+    Page {
+        page: u16,
+        at: u16,
+        xor: u8,
+    },
     /// A byte of trailer or tail, once all is written: the checksums are not recomputed.
-    Flip { at: u16, xor: u8 },
+    Flip {
+        at: u16,
+        xor: u8,
+    },
     /// The file ends earlier, or later.
     Cut(u16),
     Append(u8),
@@ -144,11 +181,12 @@ impl Plan {
         let u = &mut from;
         let mut id: [u8; 16] = u.arbitrary()?;
         id[15] |= 1;
-        let parent = u.arbitrary::<bool>()?.then(|| u.arbitrary()).transpose()?.map(|(mut parent, crc): ([u8; 16], _)| {
-            // Neither zero nor its own.
-            parent[15] = 2;
-            (parent, crc)
-        });
+        let parent =
+            u.arbitrary::<bool>()?.then(|| u.arbitrary()).transpose()?.map(|(mut parent, crc): ([u8; 16], _)| {
+                // Neither zero nor its own.
+                parent[15] = 2;
+                (parent, crc)
+            });
         let mut guest = 0;
         let mut blocks = Vec::new();
         for i in 0..u.int_in_range(1..=4)? {
@@ -296,8 +334,15 @@ impl Plan {
         for block in &self.blocks {
             let mut record = [0; 96];
             let numbers = [block.guest, block.len, block.used, block.page_size, first_page];
-            (0..).step_by(8).zip(numbers).for_each(|(at, number): (usize, u64)| put(&mut record, at, &number.to_le_bytes()));
-            record[40..43].copy_from_slice(&[block.treatment, block.backing, u8::try_from(block.name.len()).expect("short")]);
+            (0..)
+                .step_by(8)
+                .zip(numbers)
+                .for_each(|(at, number): (usize, u64)| put(&mut record, at, &number.to_le_bytes()));
+            record[40..43].copy_from_slice(&[
+                block.treatment,
+                block.backing,
+                u8::try_from(block.name.len()).expect("short"),
+            ]);
             put(&mut record, 48, block.name.as_bytes());
             blocks.extend(record);
             first_page += block.pages();
@@ -305,7 +350,9 @@ impl Plan {
         let mut runs: Vec<(u64, u64, PageState)> = Vec::new();
         for (page, &state) in (0..).zip(&self.states) {
             match runs.last_mut() {
-                Some((first, pages, of)) if *of == state && *first + *pages == page && *pages < self.record_pages => *pages += 1,
+                Some((first, pages, of)) if *of == state && *first + *pages == page && *pages < self.record_pages => {
+                    *pages += 1
+                }
                 _ => runs.push((page, 1, state)),
             }
         }

@@ -55,11 +55,8 @@ mod replay {
     /// Everything in `corpus/` once more: what was found before stays fixed.
     #[test]
     fn corpus() {
-        let targets: [(&str, fn(&[u8])); 3] = [
-            ("reader", super::reader),
-            ("reader_mutated", super::reader_mutated),
-            ("core_events", super::core_events),
-        ];
+        let targets: [(&str, fn(&[u8])); 3] =
+            [("reader", super::reader), ("reader_mutated", super::reader_mutated), ("core_events", super::core_events)];
         // One after the other: the memory that a run takes is measured.
         for (target, run) in targets {
             let dir = Path::new(env!("CARGO_MANIFEST_DIR")).join("corpus").join(target);

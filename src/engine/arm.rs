@@ -10,12 +10,12 @@ pub(crate) type Ahead = ArmAhead<Arc<BlockTable>, Vec<u64>>;
 /// The pages of the snapshot, and those of them that the scan takes first.
 pub(crate) type Armed = (PageBitmap<Vec<u64>>, PageBitmap<Vec<u64>>);
 
-/// A block with less than this resident is armed at T0: about 1 ms at 4 KiB a page.
-const WORTH_IT: u64 = 64 << 20;
+/// A block with less than this resident is armed at T0: about 1 ms at 4 KiB a page. (The worlds of tests are small.)
+const WORTH_IT: u64 = if cfg!(test) { PAGE_SIZE } else { 64 << 20 };
 /// Protected at a time ahead of T0, so that a cancel does not wait long: 1 ms.
 const CHUNK: u64 = 64 << 20;
 /// Pages opened by a write ahead of T0: 2 MiB. Protecting them again takes 36 us, each further fault there 90 us.
-const AROUND: u64 = 512;
+const AROUND: u64 = if cfg!(test) { 1 } else { 512 };
 /// Gaps up to this many pages are protected along with what is around them: another call costs more (1.1 to 1.5 us).
 const MERGE: u64 = 12;
 /// With more stretches than this to look at in a block, all of it is looked at instead.

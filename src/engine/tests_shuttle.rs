@@ -11,7 +11,9 @@
 
 use std::time::Instant;
 
-use ramshot_core::{Cause, Done, Event, HostAddr, HostRange, OsError, PageId, RamSource, WhenFull, WriteTracker};
+use ramshot_core::{
+    Cause, Done, Event, HostAddr, HostRange, OsError, PageId, RamSource, Treatment, WhenFull, WriteTracker,
+};
 use shuttle::scheduler::{PctScheduler, RandomScheduler};
 use shuttle::{Config, MaxSteps, Runner};
 
@@ -99,6 +101,37 @@ fn run_with(trouble: Trouble, slots: u16) -> Option<Cause> {
     let running = vcpus(&vm);
     let cause = scene.verdict(live.and_then(Live::finish));
     join(&vm, running);
+    cause
+}
+
+/// Armed ahead of T0 while vCPUs write and `meanwhile` goes on, then paused, begun, and written to again. The cause is
+/// returned, or `None` if the image is memory at T0.
+fn run_ahead(trouble: Trouble, meanwhile: fn(&SimVm)) -> Option<Cause> {
+    let vm = vm();
+    let world = world(&vm, 2);
+    let image = world.image.clone();
+    vm.trouble(trouble);
+    let prepared = world.prepare();
+    let running = vcpus(&vm);
+    let other = {
+        let vm = Arc::clone(&vm);
+        thread::spawn(move || meanwhile(&vm))
+    };
+    let prepared = prepared.arm_ahead();
+    // The pause.
+    running.into_iter().for_each(|vcpu| vcpu.join().unwrap());
+    other.join().unwrap();
+    let scene = Scene { at_t0: vm.memory(), vm, image };
+    let live = prepared.and_then(|prepared| prepared.begin(Pending::All, vec![7]));
+    let running = [[1, 0], [2, 1]].map(|order| {
+        let vm = Arc::clone(&scene.vm);
+        thread::spawn(move || order.into_iter().for_each(|page| vm.write(PageId(page), 200 + page)))
+    });
+    let cause = scene.verdict(live.and_then(Live::finish));
+    running.into_iter().for_each(|vcpu| vcpu.join().unwrap());
+    let memory = scene.vm.memory();
+    (0..3).for_each(|page| assert_eq!(value(&memory, page), 200 + page));
+    scene.undisturbed();
     cause
 }
 
@@ -219,9 +252,9 @@ scenarios! {
     }
 
     shuttle_begin_fails_half_way {
-        let vm = vm();
-        vm.write(PageId(1), 0);
-        vm.discard(pages(&vm, 1, 1)); // a hole: two ranges to protect
+        let blocks = [("low", 0), ("high", 8)].map(|(name, at)| SimVm::block(name, at, 2, Treatment::Tracked));
+        let vm = SimVm::with_blocks(&blocks).unwrap();
+        fill(&vm);
         vm.trouble(Trouble::default().on(Call::Protect, 1..2, Mishap::Error(12)));
         let world = world(&vm, 2);
         let image = world.image.clone();
@@ -243,6 +276,46 @@ scenarios! {
         assert!(vm.is_clean());
         let memory = image.memory().unwrap();
         (0..3).for_each(|page| assert!([page + 1, page + 100].contains(&value(&memory, page))));
+    }
+
+    shuttle_armed_ahead {
+        assert_eq!(run_ahead(Trouble::default(), |_| ()), None);
+    }
+
+    shuttle_armed_ahead_with_trouble {
+        let trouble = Trouble::default().on(Call::Release, 0..3, Mishap::Again).events_twice().newest_first();
+        assert_eq!(run_ahead(trouble, |_| ()), None);
+    }
+
+    /// Discarded before T0, with or without its protection, written again or not: T0 has what is there then.
+    shuttle_armed_ahead_and_discarded {
+        assert_eq!(run_ahead(Trouble::default(), |vm| vm.discard(pages(vm, 0, 2))), None);
+    }
+
+    shuttle_arming_ahead_fails {
+        let cause = run_ahead(Trouble::default().on(Call::Protect, 0..1, Mishap::Error(12)), |_| ());
+        assert!(matches!(cause, Some(Cause::Arm(_))), "{cause:?}");
+    }
+
+    shuttle_a_release_ahead_fails {
+        let cause = run_ahead(Trouble::default().on(Call::Release, 0..1, Mishap::Error(5)), |_| ());
+        assert!(matches!(cause, None | Some(Cause::Release(_) | Cause::Arm(_))), "{cause:?}");
+    }
+
+    shuttle_fault_thread_dies_ahead {
+        for nth in [1, 2, 4] {
+            let cause = run_ahead(Trouble::default().on(Call::NextEvents, nth..nth + 1, Mishap::Panic), |_| ());
+            ends_with(cause, Cause::ThreadDied);
+        }
+    }
+
+    shuttle_drop_armed_ahead {
+        let vm = vm();
+        let prepared = world(&vm, 1).prepare();
+        let running = vcpus(&vm);
+        drop(prepared.arm_ahead().unwrap());
+        join(&vm, running);
+        assert!(vm.is_clean());
     }
 
     shuttle_events_twice_and_out_of_order {

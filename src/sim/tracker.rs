@@ -119,16 +119,15 @@ impl WriteTracker for SimTracker {
 
     fn protect(&self, range: HostRange) -> Result<(), OsError> {
         self.check("protect", range)?;
-        let mut state = self.call(Call::Protect)?;
-        if state.registered != Some(self.id) {
-            return Err(OsError::new("protect", ENOENT).on(range));
-        }
+        drop(self.call(Call::Protect)?);
+        let gone = OsError::new("protect", ENOENT).on(range);
         for run in self.vm.table.runs_in(range) {
             let (from, to) = span(run);
-            for page in state.pages.get_mut(from..to).unwrap_or_default() {
-                if !page.mapped {
-                    return Err(OsError::new("protect", ENOENT).on(range));
-                }
+            // Page by page, so that a write or a release can come in between.
+            for index in from..to {
+                let mut state = self.vm.lock();
+                let registered = state.registered == Some(self.id);
+                let page = state.pages.get_mut(index).filter(|page| page.mapped && registered).ok_or(gone)?;
                 page.protected = true;
             }
         }

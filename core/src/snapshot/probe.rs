@@ -57,6 +57,11 @@ where
         self.pool.in_use()
     }
 
+    /// Whether a writer is known to wait for a page that nobody has claimed.
+    pub(crate) fn has_a_fault(&self) -> bool {
+        self.faults.iter().any(|&page| self.pending.contains(page))
+    }
+
     /// Whether the fault at the head of the queue could be claimed now: a claim is free, and there is room for its host
     /// page. Written without the code that decides it.
     pub(crate) fn can_serve_a_fault(&self) -> bool {

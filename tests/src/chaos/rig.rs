@@ -199,6 +199,18 @@ impl Rig {
         Ok(())
     }
 
+    /// What is at the target is the previous snapshot, byte for byte.
+    ///
+    /// # Errors
+    /// It is not.
+    pub fn is_untouched(&self) -> std::result::Result<(), String> {
+        match fs::read(self.target()) {
+            Ok(bytes) if bytes == self.previous => Ok(()),
+            Ok(_) => Err("the previous snapshot is not what it was".to_owned()),
+            Err(error) => Err(format!("the previous snapshot: {error}")),
+        }
+    }
+
     /// After a snapshot that came to nothing: guest memory is what the guest wrote, every vCPU writes, nothing is
     /// registered or protected, there is no file but the previous snapshot and that is what it was, no descriptor and no
     /// thread is left.
@@ -226,9 +238,7 @@ impl Rig {
         if !report.is_ok() {
             problems.push(format!("the guest's memory is not what it wrote: {report:?}"));
         }
-        if fs::read(self.target())? != self.previous {
-            problems.push("the previous snapshot is not what it was".to_owned());
-        }
+        problems.extend(self.is_untouched().err());
         for entry in fs::read_dir(self.directory())? {
             let path = entry?.path();
             if path != self.target() {

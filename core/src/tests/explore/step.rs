@@ -328,7 +328,13 @@ impl<const F: usize, const C: usize> World<F, C> {
             Next::Done => Seen::NextDone,
             Next::Ended => Seen::NextEnded,
         });
-        let Next::Claim(claim) = next else { return Ok(()) };
+        let Next::Claim(claim) = next else {
+            let no_slot = matches!(next, Next::Full) && self.core.claimed_runs().count() < C;
+            if no_slot && setup.limits.when_full == WhenFull::Cancel && self.core.has_a_fault() {
+                return Err("invariant 5: a writer waits for a slot, although the policy is to cancel".into());
+            }
+            return Ok(());
+        };
         let block = self.core.table().block_of(claim.run().first).and_then(|b| self.core.table().block(b)).unwrap();
         if (block.treatment == Treatment::InPause) != (who == Worker::Pause) {
             return Err(format!("{who:?} got {} of a {:?} block", claim.run(), block.treatment));

@@ -100,6 +100,10 @@ pub(super) struct Setup {
     pub(super) members: u64,
     /// Pages that are protected although they are not pending: gaps between dirty runs that were not worth a call.
     pub(super) gaps: u64,
+    /// Pages in a granule of every block: what the scan takes whole if it can.
+    pub(super) granule: u64,
+    /// Pages that the scan takes first; 0: it was not told.
+    pub(super) hot: u64,
     /// The pages that each vCPU writes, in order.
     pub(super) programs: [&'static [u64]; 2],
     pub(super) workers: usize,
@@ -126,6 +130,8 @@ impl Setup {
         parts: &[tracked(2)],
         members: u64::MAX,
         gaps: 0,
+        granule: 1,
+        hot: 0,
         programs: [&[0, 1, 0], &[1]],
         workers: 2,
         slots: 2,
@@ -168,7 +174,11 @@ impl Setup {
                 }
             })
             .collect();
-        std::boxed::Box::leak(std::boxed::Box::new(BlockTable::new(&blocks).unwrap()))
+        let mut table = BlockTable::new(&blocks).unwrap();
+        for (index, _) in (0u16..).zip(self.parts) {
+            table.set_granule(BlockIndex(index), self.granule * PAGE_SIZE);
+        }
+        std::boxed::Box::leak(std::boxed::Box::new(table))
     }
 }
 
@@ -250,11 +260,16 @@ pub(super) struct World<const F: usize, const C: usize> {
 impl<const F: usize, const C: usize> World<F, C> {
     pub(super) fn new(setup: &Setup) -> Self {
         let table = setup.table();
-        let mut pending = PageBitmap::new([0; 2], table.pages(), true).unwrap();
-        (0..table.pages()).filter(|page| setup.members >> page & 1 == 1).for_each(|page| {
-            pending.insert(Run::new(PageId(page), 1));
-        });
-        let mut core = Snapshot::new(table, pending, setup.slots, [0; 2], setup.limits).unwrap();
+        let bitmap = |bits: u64| {
+            let mut map = PageBitmap::new([0; 2], table.pages(), true).unwrap();
+            let set = (0..table.pages()).filter(|page| bits >> page & 1 == 1);
+            set.for_each(|page| map.insert(Run::new(PageId(page), 1)));
+            map
+        };
+        let mut core = Snapshot::new(table, bitmap(setup.members), setup.slots, [0; 2], setup.limits).unwrap();
+        if setup.hot != 0 {
+            core.scan_first(bitmap(setup.hot));
+        }
         if let Some(defect) = setup.defect {
             core.break_with(defect);
         }

@@ -18,8 +18,8 @@ const PLAIN: Setup = Setup::PLAIN;
 const ONE: Limits = PLAIN.limits;
 /// Two pages a slot, and a window of two pages.
 const PAIRS: Limits = Limits { slot_pages: 2, scan_pages: 2, around_min: 2, around_max: 2, ..ONE };
-/// The window of a fault grows from one page to two.
-const GROWING: Limits = Limits { around_max: 2, ..ONE };
+/// The window of a fault grows from one page to two; the scan would like two, and may have one.
+const GROWING: Limits = Limits { around_max: 2, scan_pages: 2, ..ONE };
 const CANCEL: Limits = Limits { when_full: WhenFull::Cancel, ..ONE };
 const HUGE: Part = Part { pages: 2, page_size: 2 * PAGE_SIZE, treatment: Treatment::Tracked };
 const ROM: Part = Part { pages: 1, page_size: PAGE_SIZE, treatment: Treatment::ReadOnly };
@@ -96,9 +96,9 @@ pub(super) const DEFAULT: &[Entry] = &[
         prove::<2, 3>,
         Setup {
             name: "2-page host page, asked for, pool half full",
-            parts: &[tracked(1), HUGE],
-            programs: [&[0, 1], &[2]],
-            requests: &[1],
+            parts: &[tracked(2), HUGE],
+            programs: [&[1], &[3]],
+            requests: &[2],
             ..PLAIN
         },
     ),
@@ -211,6 +211,29 @@ pub(super) const DEFAULT: &[Entry] = &[
             members: 0b0_1110,
             gaps: 0b1_0001,
             programs: [&[0, 1, 4], &[3, 4]],
+            ..PLAIN
+        },
+    ),
+    (
+        prove::<2, 3>,
+        Setup {
+            name: "hot pages first, two pages a granule",
+            parts: &[tracked(4)],
+            granule: 2,
+            hot: 0b0100,
+            programs: [&[2, 0], &[3]],
+            ..PLAIN
+        },
+    ),
+    (
+        prove::<2, 3>,
+        Setup {
+            name: "a granule larger than the pool, hot flash",
+            parts: &[FLASH, tracked(3)],
+            granule: 4,
+            hot: 0b0101,
+            programs: [&[0, 2], &[3]],
+            discard: discard(1, 1, false),
             ..PLAIN
         },
     ),

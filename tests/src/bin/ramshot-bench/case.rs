@@ -50,7 +50,7 @@ pub(crate) fn matrix(options: &Options) -> Vec<Boot> {
         for &backing in &options.backing {
             for &load in &options.workload {
                 let rate = (load == Load::Slow).then_some(options.slow_rate);
-                let working_set = options.working_set.min(mem / 4);
+                let working_set = if load == Load::Slow { mem / 4 * 3 } else { options.working_set.min(mem / 4) };
                 let mut boot = Boot { mem, backing, load, working_set, rate, targets: Vec::new() };
                 let wanted = |target: Target| wanted(options, &boot.case(target));
                 let targets = options.target.iter().copied().filter(|&target| wanted(target)).collect();

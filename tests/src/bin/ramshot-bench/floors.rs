@@ -16,14 +16,14 @@ use crate::machine;
 use crate::metric::{Sample, medians};
 use crate::num::{float, millis};
 use crate::options::Target;
-use crate::ours::{OurGuest, stalls};
+use crate::ours::{OurGuest, WATCH, lost, stalls};
 use crate::stats::Result;
 
 /// Bytes copied and written at a time: still in the cache when copied, large for a write.
 const PIECE: u64 = 2 << 20;
 
 /// Floors of one guest, whatever the target: arming and copying. Medians of `runs`.
-pub(crate) fn of_guest(guest: &OurGuest, working_set: u64, runs: u32) -> Result<Sample> {
+pub(crate) fn of_guest(guest: &OurGuest, working_set: u64, busy: bool, runs: u32) -> Result<Sample> {
     let mut samples = Vec::new();
     for _ in 0..runs {
         let mut sample = Sample::new();
@@ -34,10 +34,30 @@ pub(crate) fn of_guest(guest: &OurGuest, working_set: u64, runs: u32) -> Result<
         let (bytes, copying) = copy(&guest.ram)?;
         guest.guest.resume()?;
         sample.insert("capture_ms", millis(copying));
+        // What is stopped while its working set is copied loses that much.
         sample.insert("lost_ms", millis(copying) * float(working_set) / float(bytes));
+        if busy {
+            sample.insert("refault_ms", refaults(guest)?);
+        }
         samples.push(sample);
     }
     Ok(medians(&samples))
+}
+
+/// What the guest loses when all of its memory is protected and released again inside a pause: its first write to each
+/// page then costs a second-level fault, which KVM serves alone. No snapshot by write protection can cost less.
+fn refaults(guest: &OurGuest) -> Result<f64> {
+    let stats = guest.stats()?;
+    let (before, _) = stats.rate_before(WATCH)?;
+    let tracker = Tracker::open(Arc::clone(&guest.ram), &TrackerOptions::default())?;
+    guest.guest.pause()?;
+    let armed = protect_all(&guest.ram, &tracker);
+    tracker.disarm()?;
+    let (writes, start) = (stats.writes()?, Instant::now());
+    guest.guest.resume()?;
+    armed?;
+    std::thread::sleep(WATCH);
+    Ok(lost(start.elapsed(), stats.writes()? - writes, before))
 }
 
 /// One protecting ioctl per block, without looking what is there.

@@ -4,7 +4,7 @@ use std::collections::BTreeMap;
 use std::ffi::c_int;
 use std::fs;
 use std::ops::Range;
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use nix::time::{ClockId, clock_gettime};
 
@@ -155,6 +155,54 @@ pub(crate) fn collapse(pid: u32, ranges: &[Range<u64>]) {
         // SAFETY: the descriptor made above.
         unsafe { libc::close(fd) };
     }
+}
+
+/// CPU time that everybody else used, as a share of one CPU: how far the machine was ours.
+pub(crate) struct OthersMeter {
+    start: Instant,
+    busy: Duration,
+    ours: Duration,
+    peer: Option<u32>,
+}
+
+impl OthersMeter {
+    /// This process, its children and the process `peer` are not others.
+    pub(crate) fn start(peer: Option<u32>) -> Result<Self> {
+        Ok(Self { start: Instant::now(), busy: busy_time()?, ours: our_time(peer)?, peer })
+    }
+
+    pub(crate) fn percent(&self) -> Result<f64> {
+        let (busy, ours) = (busy_time()? - self.busy, our_time(self.peer)? - self.ours);
+        Ok(busy.saturating_sub(ours).as_secs_f64() / self.start.elapsed().as_secs_f64() * 100.0)
+    }
+}
+
+/// CPU time used by all processes, and stolen by the hypervisor, since boot.
+fn busy_time() -> Result<Duration> {
+    let text = fs::read_to_string("/proc/stat")?;
+    let times: Vec<u64> =
+        text.lines().next().unwrap_or_default().split_whitespace().skip(1).flat_map(str::parse).collect();
+    // user nice system (idle iowait) irq softirq steal; guest time is in user.
+    let busy: u64 = [0, 1, 2, 5, 6, 7].iter().filter_map(|&n: &usize| times.get(n)).sum();
+    Ok(Duration::from_millis(busy * 10))
+}
+
+fn our_time(peer: Option<u32>) -> Result<Duration> {
+    let peer = peer.map_or(Ok(Duration::ZERO), |pid| stat_time(&pid.to_string(), 11))?;
+    Ok(process_time()? + children_time()? + peer)
+}
+
+/// Waits until others use less than a quarter of a CPU, but no longer than `patience`.
+pub(crate) fn wait_for_calm(patience: Duration, peer: Option<u32>) -> Result<()> {
+    let start = Instant::now();
+    while start.elapsed() < patience {
+        let meter = OthersMeter::start(peer)?;
+        std::thread::sleep(Duration::from_millis(300));
+        if meter.percent()? < 25.0 {
+            break;
+        }
+    }
+    Ok(())
 }
 
 /// Load of the last minute.

@@ -101,7 +101,8 @@ fn guest(options: &Options, boot: &Boot) -> Result<Vec<CaseResult>> {
     }
     let ours = OurGuest::boot(boot)?;
     let khz = ours.stats()?.khz();
-    let of_guest = floors::of_guest(&ours, boot.working_set, FLOOR_RUNS)?;
+    let of_guest =
+        floors::of_guest(&ours, boot.working_set, matches!(boot.load, Load::Seq | Load::Random), FLOOR_RUNS)?;
     let mut results = Vec::new();
     for &target in &boot.targets {
         results.push(case(options, boot, &ours, target, of_guest.clone())?);
@@ -137,7 +138,7 @@ fn case(options: &Options, boot: &Boot, ours: &OurGuest, target: Target, mut flo
     let path = folder.join(format!("ramshot-bench-{}.ramshot", std::process::id()));
     let _removed = Removed(&path);
     let settings = options.snapshot();
-    let runs = repeat(&boot.case(target), options.runs, || ours.snapshot(&path, &settings))?;
+    let runs = repeat(&boot.case(target), options, None, || ours.snapshot(&path, &settings))?;
     Ok(CaseResult { case: boot.case(target), ours: runs.0, floor, peers: Vec::new(), trace: runs.1 })
 }
 
@@ -149,10 +150,10 @@ fn peer(options: &Options, boot: &Boot, khz: u64) -> Result<Vec<PeerResult>> {
     }
     let path = folder(options, Target::Tmpfs).join(format!("ramshot-bench-{}.qemu", std::process::id()));
     let _removed = Removed(&path);
-    let mut peers = Vec::new();
+    let (mut peers, pid) = (Vec::new(), Some(qemu.pid()));
     for method in methods {
         let name = format!("{}, QEMU {} {}", boot.case(Target::Tmpfs), qemu.version()?, method.name());
-        match repeat(&name, options.runs, || qemu.snapshot(method, &path)) {
+        match repeat(&name, options, pid, || qemu.snapshot(method, &path)) {
             Ok((samples, trace)) => peers.push(PeerResult { name: method.name(), samples, trace }),
             Err(error) => eprintln!("==== NO PEER: {}", chain(error.as_ref())),
         }
@@ -160,18 +161,23 @@ fn peer(options: &Options, boot: &Boot, khz: u64) -> Result<Vec<PeerResult>> {
     Ok(peers)
 }
 
-/// One snapshot that does not count (fresh page cache, cold code), then `runs` that do, and the plot of the last one.
+/// One snapshot that does not count (fresh page cache, cold code), then those that do, and the plot of the last one.
 fn repeat(
     name: &str,
-    runs: u32,
+    options: &Options,
+    peer: Option<u32>,
     mut once: impl FnMut() -> Result<(Sample, Trace)>,
 ) -> Result<(Vec<Sample>, Option<Trace>)> {
+    let patience = Duration::from_secs(options.wait_idle);
     let (mut samples, mut trace) = (Vec::new(), None);
-    for run in 0..=runs {
-        let (sample, of_run) = once()?;
+    for run in 0..=options.runs() {
+        machine::wait_for_calm(patience, peer)?;
+        let others = machine::OthersMeter::start(peer)?;
+        let (mut sample, of_run) = once()?;
+        sample.insert("others_percent", others.percent()?);
         let of = |key: &str| sample.get(key).copied().unwrap_or(f64::NAN);
         eprintln!(
-            "{name} {}: pause {:.2} ms, total {:.0} ms, faults {:.0}, stall p50 {:.0} us, gap {:.2} ms, lost {:.1} ms, load {:.1}",
+            "{name} {}: pause {:.2} ms, total {:.0} ms, faults {:.0}, stall p50 {:.0} us, gap {:.2} ms, lost {:.1} ms, load {:.1}, others {:.0} %",
             if run == 0 { "warm-up".to_owned() } else { format!("run {run}") },
             of("pause_ms"),
             of("total_ms"),
@@ -180,6 +186,7 @@ fn repeat(
             of("gap_ms"),
             of("lost_ms"),
             of("load"),
+            of("others_percent"),
         );
         if run > 0 {
             samples.push(sample);

@@ -41,17 +41,21 @@ pub(crate) const METRICS: &[Metric] = &[
     shown("stall_p99_us", 0, "p99 us", 1.0, 0),
     shown("stall_p999_us", 0, "p99.9 us", 1.0, 0),
     shown("stall_max_us", 0, "max us", 1.0, 0),
-    shown("rate_before", 1, "kw/s before", 1e3, 1),
-    shown("rate_during", 1, "during", 1e3, 1),
-    shown("rate_after", 1, "after", 1e3, 1),
+    shown("rate_before", 1, "kw/s before", 1e3, 2),
+    shown("rate_during", 1, "during", 1e3, 2),
+    shown("rate_after", 1, "after", 1e3, 2),
     // vCPU time for which the guest did not work, from T0 to 100 ms after the image was complete.
     shown("lost_ms", 1, "lost ms", 1.0, 1),
+    // A floor only: the same when all is protected and released at once, no page by page, nothing copied.
+    shown("refault_ms", 1, "refault", 1.0, 1),
     shown("huge_before_mib", 1, "huge MiB", 1.0, 0),
     shown("huge_after_mib", 1, "after", 1.0, 0),
     shown("cpu_ms", 1, "CPU ms", 1.0, 0),
     shown("pool_peak_mib", 1, "pool MiB", 1.0, 1),
     shown("memory_peak_mib", 1, "peak MiB", 1.0, 1),
-    shown("load", 1, "loadavg", 1.0, 1),
+    shown("load", 1, "load", 1.0, 1),
+    // CPU time used by other processes during the run, in percent of one CPU.
+    shown("others_percent", 1, "others %", 1.0, 0),
     hidden("stalls"),
     // Gaps from `stats::SHORT_US` to `stats::STALL_US`: second-level faults, which KVM serves alone.
     hidden("short_gaps"),

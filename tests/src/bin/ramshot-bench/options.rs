@@ -16,8 +16,8 @@ pub(crate) struct Options {
     /// Only cases whose name (mem/backing/workload/target) contains this; words joined by `+` must all occur. Repeatable.
     #[arg(long, value_name = "FILTER")]
     pub(crate) case: Vec<String>,
-    /// Guest RAM.
-    #[arg(long, value_name = "SIZES", value_delimiter = ',', value_parser = size, default_values = ["1G", "4G"])]
+    /// Guest RAM [default: 1G,4G].
+    #[arg(long, value_name = "SIZES", value_delimiter = ',', value_parser = size)]
     pub(crate) mem: Vec<u64>,
     /// What guest RAM is made of: anon, thp, memfd.
     #[arg(long, value_delimiter = ',', default_values = ["anon", "thp", "memfd"])]
@@ -29,15 +29,16 @@ pub(crate) struct Options {
     /// Where the image goes.
     #[arg(long, value_delimiter = ',', default_values = ["tmpfs", "disk"])]
     pub(crate) target: Vec<Target>,
-    /// Working set of the busy workloads; at most a quarter of RAM.
+    /// Working set of the busy workloads; at most a quarter of RAM. That of `slow` is three quarters of RAM, so that
+    /// there are faults until the end.
     #[arg(long, default_value = "256M", value_parser = size)]
     pub(crate) working_set: u64,
     /// Writes a second of the `slow` workload.
-    #[arg(long, default_value_t = 200, value_parser = clap::value_parser!(u64).range(1..=10_000))]
+    #[arg(long, default_value_t = 2000, value_parser = clap::value_parser!(u64).range(1..=10_000))]
     pub(crate) slow_rate: u64,
-    /// Snapshots of each case; a first one is not counted.
-    #[arg(long, default_value_t = 5, value_parser = clap::value_parser!(u32).range(1..))]
-    pub(crate) runs: u32,
+    /// Snapshots of each case [default: 5]; a first one is not counted.
+    #[arg(long, value_parser = clap::value_parser!(u32).range(1..))]
+    pub(crate) runs: Option<u32>,
     /// One JSON object per case and metric goes to this file.
     #[arg(long, value_name = "FILE")]
     pub(crate) json: Option<PathBuf>,
@@ -56,6 +57,9 @@ pub(crate) struct Options {
     /// The folder on a tmpfs (`tmpfs`).
     #[arg(long, value_name = "DIR", default_value = "/dev/shm")]
     pub(crate) tmpfs: PathBuf,
+    /// Before each run, wait at most so many seconds until other processes leave the machine to us.
+    #[arg(long, default_value_t = 5)]
+    pub(crate) wait_idle: u64,
     /// Scan workers, instead of the library's default.
     #[arg(long)]
     pub(crate) workers: Option<usize>,
@@ -68,11 +72,13 @@ pub(crate) struct Options {
 }
 
 impl Options {
-    /// With `--quick` spelled out.
+    /// With what was not given filled in.
     pub(crate) fn resolved(mut self) -> Self {
+        if self.mem.is_empty() {
+            self.mem = if self.quick { vec![256 << 20] } else { vec![1 << 30, 4 << 30] };
+        }
         if self.quick {
-            self.mem = vec![256 << 20];
-            self.runs = 3;
+            self.runs.get_or_insert(3);
             if self.case.is_empty() {
                 self.case = ["anon/idle", "anon/random", "anon/slow/tmpfs", "thp/random/tmpfs", "memfd/random/tmpfs"]
                     .map(str::to_owned)
@@ -80,6 +86,11 @@ impl Options {
             }
         }
         self
+    }
+
+    /// Snapshots of each case that count.
+    pub(crate) fn runs(&self) -> u32 {
+        self.runs.unwrap_or(5)
     }
 
     /// Settings of the library.

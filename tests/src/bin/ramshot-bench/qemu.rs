@@ -189,6 +189,10 @@ impl Qemu {
         }
     }
 
+    pub(crate) fn pid(&self) -> u32 {
+        self.child.id()
+    }
+
     /// The methods that this QEMU has.
     pub(crate) fn methods(&mut self) -> Result<Vec<Method>> {
         let known = self.qmp.execute("query-migrate-capabilities", &json!({}))?;

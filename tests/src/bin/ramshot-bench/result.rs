@@ -30,9 +30,9 @@ pub(crate) struct PeerResult {
 struct Line<'a> {
     case: &'a str,
     metric: &'a str,
-    ours: f64,
-    ours_min: f64,
-    ours_max: f64,
+    ours: Option<f64>,
+    ours_min: Option<f64>,
+    ours_max: Option<f64>,
     runs: usize,
     floor: Option<f64>,
     peer: Option<f64>,
@@ -65,23 +65,26 @@ impl CaseResult {
     pub(crate) fn write_json(&self, to: &mut impl Write) -> Result<()> {
         let load = summary(&self.ours, "load").map_or(f64::NAN, |s| s.max);
         for metric in METRICS {
-            let Some(ours) = summary(&self.ours, metric.key) else { continue };
-            let floor = self.floor(metric.key);
+            let (ours, floor) = (summary(&self.ours, metric.key), self.floor(metric.key));
+            if ours.is_none() && floor.is_none() {
+                continue;
+            }
+            let over = |other: Option<f64>| ours.and_then(|ours| ratio(ours.median, other));
             let line = |peer: Option<(&'static str, Summary)>| Line {
                 case: &self.case,
                 metric: metric.key,
-                ours: ours.median,
-                ours_min: ours.min,
-                ours_max: ours.max,
-                runs: ours.runs,
+                ours: ours.map(|s| s.median),
+                ours_min: ours.map(|s| s.min),
+                ours_max: ours.map(|s| s.max),
+                runs: ours.map_or(0, |s| s.runs),
                 floor,
                 peer: peer.map(|(_, s)| s.median),
                 peer_min: peer.map(|(_, s)| s.min),
                 peer_max: peer.map(|(_, s)| s.max),
                 peer_runs: peer.map(|(_, s)| s.runs),
                 peer_name: peer.map(|(name, _)| name),
-                ratio_floor: ratio(ours.median, floor),
-                ratio_peer: ratio(ours.median, peer.map(|(_, s)| s.median)),
+                ratio_floor: over(floor),
+                ratio_peer: over(peer.map(|(_, s)| s.median)),
                 load,
             };
             let peers = self.peers.iter().filter_map(|p| Some((p.name, summary(&p.samples, metric.key)?)));

@@ -49,7 +49,7 @@ fn spread(samples: &[Sample], metric: &Metric) -> Option<String> {
 }
 
 fn times(samples: &[Sample], metric: &Metric, of: impl Fn(&str) -> Option<f64>) -> Option<String> {
-    if matches!(metric.key, "rate_before" | "huge_before_mib" | "load") {
+    if matches!(metric.key, "rate_before" | "huge_before_mib" | "load" | "others_percent") {
         return None;
     }
     let ratio = ratio(summary(samples, metric.key)?.median, of(metric.key))?;

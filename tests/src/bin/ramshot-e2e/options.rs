@@ -91,7 +91,7 @@ fn rate(text: &str) -> Result<Rate, String> {
 
 /// When memory is protected.
 #[derive(Clone, Copy, PartialEq, Eq, Debug, clap::ValueEnum)]
-pub enum Arm {
+pub(crate) enum Arm {
     Ahead,
     Pause,
 }
