@@ -19,6 +19,7 @@ pub(crate) fn run() -> Outcome {
         cmd!(shell, "cargo test --workspace --all-targets --quiet").run()?;
         Ok(cmd!(shell, "cargo test --workspace --doc --quiet").run()?)
     })?;
+    step("threads under a systematic scheduler", || shuttle(&shell))?;
     step("tests with all features of the Linux shim", || shim_features(&shell, features))?;
     step("cross builds", cross::run)?;
     step("oldest compiler", || oldest_compiler(&shell))?;
@@ -56,6 +57,15 @@ fn lints(shell: &Shell, features: bool) -> Outcome {
 fn shim_features(shell: &Shell, userfaultfd: bool) -> Outcome {
     let features = if userfaultfd { "vm-memory,userfaultfd" } else { "vm-memory" };
     Ok(cmd!(shell, "cargo test --package ramshot-linux --features {features} --quiet").run()?)
+}
+
+/// The engine's threads, with the kernel simulated, under shuttle. Release: the scheduler runs thousands of schedules.
+fn shuttle(shell: &Shell) -> Outcome {
+    // A target directory of its own: the flag changes every crate.
+    let dir = "target/shuttle";
+    Ok(cmd!(shell, "cargo test --release --package ramshot --lib --target-dir {dir} --quiet shuttle")
+        .env("RUSTFLAGS", "--cfg ramshot_shuttle")
+        .run()?)
 }
 
 fn oldest_compiler(shell: &Shell) -> Outcome {
