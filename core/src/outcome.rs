@@ -30,7 +30,7 @@ pub enum Next {
     Full,
     /// Every page is claimed: this worker is not needed any more, except for faults that may still come.
     Done,
-    /// The snapshot has ended; see [`Snapshot::cause`].
+    /// The snapshot has ended; see [`Snapshot::cause`](crate::Snapshot::cause).
     Ended,
 }
 

@@ -22,7 +22,7 @@ const MULTIPLE: usize = 16;
 /// Beyond so many pages nobody waits for a verification: it looks at every 64 MiB.
 const VERIFIED: u64 = 1 << 22;
 /// Restored only if the memory is no larger than this.
-const RESTORED: u64 = 1024;
+const RESTORED: u64 = 256;
 
 /// A file in memory.
 pub struct Disk {

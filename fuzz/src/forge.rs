@@ -190,8 +190,8 @@ impl Plan {
         let mut guest = 0;
         let mut blocks = Vec::new();
         for i in 0..u.int_in_range(1..=4)? {
-            let page_size = PAGE << u.choose(&[0, 0, 0, 1, 3])?;
-            let used = page_size * u.int_in_range(1..=12)?;
+            let page_size = PAGE << u.choose(&[0, 0, 0, 1, 2])?;
+            let used = page_size * u.int_in_range(1..=5)?;
             let len = used + page_size * u.int_in_range(0..=2)?;
             let gap = PAGE * u.int_in_range(0..=255)?;
             let long = "x".repeat(u.int_in_range(0..=40)?);
@@ -218,7 +218,7 @@ impl Plan {
                 _ => default,
             };
             let left = usize::try_from(pages).expect("a few") - states.len();
-            let run: usize = u.int_in_range(1..=16)?;
+            let run: usize = u.int_in_range(1..=8)?;
             states.extend(std::iter::repeat_n(state, run.min(left)));
         }
         let device = u.arbitrary::<[u8; 20]>()?[..u.int_in_range(0..=20)?].to_vec();

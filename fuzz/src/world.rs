@@ -314,11 +314,13 @@ impl<const FAULTS: usize, const CLAIMS: usize> World<FAULTS, CLAIMS> {
         let inside = |page: usize| run.contains(PageId(page as u64));
         match self.core.claim_for_discard(run) {
             Discard::Claim(claim) => self.take(claim, None),
+            // An empty run inside a claim waits too: there is no page to lose, and the claim ends.
             Discard::Wait => assert!(
                 self.cause.is_none()
-                    && (0..self.states.len())
-                        .any(|p| inside(p) && matches!(self.states[p], State::Pending | State::Flying)),
-                "nothing to wait for"
+                    && (run.pages == 0
+                        || (0..self.states.len())
+                            .any(|p| inside(p) && matches!(self.states[p], State::Pending | State::Flying))),
+                "{run:?}: there is nothing to wait for"
             ),
             Discard::Clear => {
                 for page in (0..self.states.len()).filter(|&page| inside(page)) {
@@ -424,9 +426,11 @@ impl<const FAULTS: usize, const CLAIMS: usize> World<FAULTS, CLAIMS> {
     fn lift(&mut self, range: HostRange) {
         for run in self.table.runs_in(range) {
             for page in index(run.first.0)..index(run.end().0) {
+                // What is not tracked is not protected, and a stray fault there harms nobody.
                 let captured = match self.states[page] {
+                    _ if self.treatment(page) != Treatment::Tracked => true,
                     State::Absent | State::Saved(_) => true,
-                    State::Pending => self.treatment(page) != Treatment::Tracked,
+                    State::Pending => false,
                     State::Flying => self.flights.iter().all(|flight| {
                         !matches!(flight, Flight::Claimed(..)) || !flight.run().contains(PageId(page as u64))
                     }),

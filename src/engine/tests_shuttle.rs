@@ -323,17 +323,19 @@ scenarios! {
         assert_eq!(run_with(trouble.on(Call::NextEvents, 4..8, Mishap::Early), 2), None);
     }
 
-    /// A fault that raced with the release of its page: nobody will release it again, unless for its own sake.
-    shuttle_stale_fault_of_a_blocked_writer {
-        let vm = vm();
-        vm.trouble(Trouble::default().on(Call::Release, 1..3, Mishap::Again));
-        let (live, scene) = world(&vm, 1).begin();
-        let racer = {
-            let vm = Arc::clone(&vm);
-            thread::spawn(move || vm.fault(pages(&vm, 0, 1).start))
-        };
+    /// Small gaps are protected along with what is around them: a writer there waits for nothing, and is released for
+    /// his own sake. The sink hangs meanwhile, so no disarm comes to the rescue.
+    shuttle_writer_in_a_protected_gap {
+        let vm = SimVm::new(3);
+        [0, 2].into_iter().for_each(|page| vm.write(PageId(page), 1));
+        let world = world(&vm, 1);
+        vm.trouble(Trouble::default().on(Call::Release, 0..2, Mishap::Again));
+        world.image.hold();
+        let (live, scene) = world.begin();
+        vm.write(PageId(1), 101);
+        scene.image.let_go();
         assert_eq!(run((live, scene), |_| ()), None);
-        racer.join().unwrap();
+        assert!(vm.counts().faults > 0);
     }
 
     shuttle_before_discard {

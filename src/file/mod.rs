@@ -39,6 +39,8 @@ mod tests_attack;
 #[cfg(test)]
 mod tests_kill;
 #[cfg(test)]
+mod tests_memory;
+#[cfg(test)]
 mod tests_names;
 #[cfg(test)]
 mod tests_read;

@@ -227,8 +227,9 @@ impl SimVm {
     }
 
     /// A thread faults at `at` whatever the protection there is, and blocks until it is released: at an address of no
-    /// RAM block, something else registered with the same context; at a page released already, a fault that raced with
-    /// the release.
+    /// RAM block, something else registered with the same context; at a page whose release is long over, a stale fault.
+    /// (A fault in the midst of a release does not block: Linux looks at the protection again before it lets a thread
+    /// sleep.)
     pub fn fault(&self, at: HostAddr) {
         drop(self.block_on(self.lock(), Event::WriteFault { at }, Until::Released(at)));
     }

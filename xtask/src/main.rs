@@ -3,8 +3,11 @@
 mod bench;
 mod cross;
 mod e2e;
+mod fuzz;
 mod image;
+mod miri;
 mod setup;
+mod soak;
 mod test;
 
 use std::process::ExitCode;
@@ -15,8 +18,11 @@ const HELP: &str = "\
 cargo xtask e2e [OPTIONS]    live snapshot of a running guest, verified byte for byte, restored (--help: options)
 cargo xtask test             format, lints, all tests, cross builds, a small e2e matrix: what CI runs
 cargo xtask bench [OPTIONS]  the figures, beside floors measured in the same run (--help: options)
+cargo xtask soak [OPTIONS]   guests of random configurations, snapshotted live for --minutes N, each image verified
 cargo xtask image [FILE]     builds the guest image and says where it is, or copies it to FILE
 cargo xtask cross            the cross builds alone
+cargo xtask fuzz [OPTIONS]   fuzzes the file reader and the core (--seconds N, --replay, TARGET)
+cargo xtask miri             core and file code in the interpreter that finds undefined behaviour
 ";
 
 fn main() -> ExitCode {
@@ -28,7 +34,10 @@ fn main() -> ExitCode {
         "test" => test::run(),
         "bench" => bench::run(&rest),
         "image" => image::run(rest.first().map(String::as_str)),
+        "soak" => soak::run(&rest),
         "cross" => cross::run(),
+        "fuzz" => fuzz::run(&rest),
+        "miri" => miri::run(),
         "" | "help" | "--help" | "-h" => {
             print!("{HELP}");
             return ExitCode::SUCCESS;

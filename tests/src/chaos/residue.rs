@@ -65,10 +65,10 @@ pub fn registered(regions: &[RegionInfo]) -> io::Result<Vec<String>> {
         if let Some((start, end)) = range_of(line) {
             let ours = regions.iter().any(|r| start < r.host + r.len && r.host < end);
             current = ours.then(|| line.to_owned());
-        } else if let (Some(mapping), Some(flags)) = (&current, line.strip_prefix("VmFlags:")) {
-            if flags.split_ascii_whitespace().any(|flag| ["uw", "um", "ui"].contains(&flag)) {
-                found.push(format!("{mapping} ({})", flags.trim()));
-            }
+        } else if let (Some(mapping), Some(flags)) = (&current, line.strip_prefix("VmFlags:"))
+            && flags.split_ascii_whitespace().any(|flag| ["uw", "um", "ui"].contains(&flag))
+        {
+            found.push(format!("{mapping} ({})", flags.trim()));
         }
     }
     Ok(found)
@@ -94,7 +94,8 @@ pub fn protected_pages(regions: &[RegionInfo]) -> io::Result<u64> {
             let count = usize::try_from((end - page).min(512)).unwrap_or(512);
             let entries = entries.get_mut(..count * 8).unwrap_or_default();
             pagemap.read_exact_at(entries, page * 8)?;
-            protected += entries.as_chunks::<8>().0.iter().filter(|e| u64::from_le_bytes(**e) >> 57 & 1 == 1).count() as u64;
+            protected +=
+                entries.as_chunks::<8>().0.iter().filter(|e| u64::from_le_bytes(**e) >> 57 & 1 == 1).count() as u64;
             page += count as u64;
         }
     }
@@ -116,4 +117,31 @@ pub fn other_mappings(regions: &[RegionInfo]) -> io::Result<Vec<String>> {
             && range.is_some_and(|(start, end)| regions.iter().all(|r| end <= r.host || r.host + r.len <= start))
     };
     Ok(fs::read_to_string("/proc/self/maps")?.lines().filter(is_other).map(str::to_owned).collect())
+}
+
+/// Buffers inside `regions` that this process has registered with an io_uring: their pages are pinned, and what the kernel
+/// writes there is not seen by a snapshot.
+///
+/// # Errors
+/// `/proc` cannot be read.
+pub fn registered_buffers(regions: &[RegionInfo]) -> io::Result<Vec<String>> {
+    let mut found = Vec::new();
+    for entry in fs::read_dir("/proc/self/fd")? {
+        let entry = entry?;
+        if !fs::read_link(entry.path()).is_ok_and(|link| link.to_string_lossy() == "anon_inode:[io_uring]") {
+            continue;
+        }
+        // "UserBufs:    1", then a line for each: "    0: 0x7f5b83e00000/4096".
+        let info = fs::read_to_string(std::path::Path::new("/proc/self/fdinfo").join(entry.file_name()))?;
+        for line in info.lines().skip_while(|line| !line.starts_with("UserBufs:")).skip(1) {
+            let Some((start, len)) = line.split_once(": 0x").and_then(|(_, buffer)| buffer.split_once('/')) else {
+                break;
+            };
+            let (Ok(start), Ok(len)) = (u64::from_str_radix(start, 16), len.trim().parse::<u64>()) else { break };
+            if regions.iter().any(|r| start < r.host + r.len && r.host < start + len) {
+                found.push(line.trim().to_owned());
+            }
+        }
+    }
+    Ok(found)
 }

@@ -243,7 +243,8 @@ impl Rig {
             let path = entry?.path();
             if path != self.target() {
                 let opens = SnapshotFile::open(&path).is_ok();
-                problems.push(format!("{path:?} was left behind, and {}", if opens { "opens" } else { "does not open" }));
+                problems
+                    .push(format!("{path:?} was left behind, and {}", if opens { "opens" } else { "does not open" }));
             }
         }
         let start = Instant::now();
@@ -277,11 +278,7 @@ impl Rig {
 ///
 /// # Errors
 /// One did not within `patience`: which.
-pub fn every_vcpu_writes(
-    guest: &dyn Guest,
-    workload: Workload,
-    patience: Duration,
-) -> std::result::Result<(), String> {
+pub fn every_vcpu_writes(guest: &dyn Guest, workload: Workload, patience: Duration) -> std::result::Result<(), String> {
     let text = |error: crate::GuestError| error.to_string();
     if workload == Workload::Idle {
         return guest.reset_gaps().map_err(text);

@@ -73,6 +73,11 @@ fn bench(options: &Options) -> Result<bool> {
                     options.svg.as_ref().map(|folder| plot(folder, &case)).transpose()?;
                     results.push(case);
                 }
+                // After each guest: what is measured stays, whatever happens to the rest.
+                if let Some(path) = &options.markdown {
+                    let text = table::markdown(&results);
+                    fs::write(path, text).map_err(|error| format!("{}: {error}", path.display()))?;
+                }
             }
             Err(error) => {
                 eprintln!("FAILED: {}", chain(error.as_ref()));
@@ -81,9 +86,6 @@ fn bench(options: &Options) -> Result<bool> {
         }
     }
     println!("{}", table::text(&results));
-    if let Some(path) = &options.markdown {
-        fs::write(path, table::markdown(&results)).map_err(|error| format!("{}: {error}", path.display()))?;
-    }
     failed.iter().for_each(|what| println!("FAILED: {what}"));
     Ok(failed.is_empty())
 }
@@ -99,7 +101,7 @@ fn guest(options: &Options, boot: &Boot) -> Result<Vec<CaseResult>> {
     if there < needed {
         return Err(format!("needs {} MiB of memory, there are {}", needed >> 20, there >> 20).into());
     }
-    let ours = OurGuest::boot(boot)?;
+    let ours = OurGuest::boot(boot, !options.arm_inside)?;
     let khz = ours.stats()?.khz();
     let of_guest =
         floors::of_guest(&ours, boot.working_set, matches!(boot.load, Load::Seq | Load::Random), FLOOR_RUNS)?;

@@ -44,7 +44,7 @@ pub(crate) const METRICS: &[Metric] = &[
     shown("rate_before", 1, "kw/s before", 1e3, 2),
     shown("rate_during", 1, "during", 1e3, 2),
     shown("rate_after", 1, "after", 1e3, 2),
-    // vCPU time for which the guest did not work, from T0 to 100 ms after the image was complete.
+    // vCPU time for which the guest did not work, from the first call to 100 ms after the image was complete.
     shown("lost_ms", 1, "lost ms", 1.0, 1),
     // A floor only: the same when all is protected and released at once, no page by page, nothing copied.
     shown("refault_ms", 1, "refault", 1.0, 1),
@@ -64,6 +64,9 @@ pub(crate) const METRICS: &[Metric] = &[
     hidden("all_p999_us"),
     hidden("pages_by_fault"),
     hidden("begin_ms"),
+    // All that happens before the pause; and the longest gap in it.
+    hidden("prepare_ms"),
+    hidden("arming_gap_ms"),
     hidden("service_p50_us"),
     hidden("service_p99_us"),
     hidden("service_max_us"),

@@ -60,6 +60,9 @@ pub(crate) struct Options {
     /// Before each run, wait at most so many seconds until other processes leave the machine to us.
     #[arg(long, default_value_t = 5)]
     pub(crate) wait_idle: u64,
+    /// Protect all memory inside the pause, none of it ahead.
+    #[arg(long)]
+    pub(crate) arm_inside: bool,
     /// Scan workers, instead of the library's default.
     #[arg(long)]
     pub(crate) workers: Option<usize>,

@@ -11,8 +11,8 @@ use std::io::Write;
 use std::process::ExitCode;
 
 use clap::Parser;
-use ramshot_tests::{Accel, kvm_unavailable};
 use ramshot_tests::snapshot_run::chain;
+use ramshot_tests::{Accel, kvm_unavailable};
 
 use self::options::Options;
 use self::outcome::Outcome;

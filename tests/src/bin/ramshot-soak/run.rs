@@ -1,0 +1,256 @@
+//! One run: a guest, and its snapshots one after the other, each verified or seen to have left nothing behind.
+
+use std::error::Error;
+use std::fs;
+use std::os::unix::fs::MetadataExt;
+use std::path::Path;
+use std::sync::Arc;
+use std::time::Duration;
+
+use ramshot::core::{RamSource, WriteTracker};
+use ramshot::file::{FileSink, FileSinkOptions};
+use ramshot::{Cause, GuestRam, Live, Parts, Prepared, Report, SnapshotFailed, SnapshotFile, Tracker, TrackerOptions};
+use ramshot::{WhenFull, prepare_with};
+use ramshot_tests::chaos::{BadRam, BadSink, BadTracker, Injected, every_vcpu_writes, protected_pages, registered};
+use ramshot_tests::snapshot_run::{self, Begun, chain};
+use ramshot_tests::{Backing, Guest, GuestError, Memory, MemoryError, new_guest, verify};
+
+use crate::plan::{Act, Plan, Trouble};
+use crate::tally::Tally;
+
+type Result<T> = std::result::Result<T, Box<dyn Error>>;
+
+const PATIENCE: Duration = Duration::from_secs(60);
+
+/// Carries out `plan`; whatever should not have happened is in `tally`. `beat` is called now and then.
+pub(crate) fn run(plan: &Plan, target: &Path, tally: &mut Tally, beat: &dyn Fn()) {
+    let problems = tally.problems.len();
+    let run = match Run::new(plan, target) {
+        Ok(run) => run,
+        Err(error) => return tally.problems.push(format!("seed {}: {}", plan.seed, chain(error.as_ref()))),
+    };
+    for (number, act) in (1..).zip(&plan.acts) {
+        beat();
+        if let Err(error) = run.act(act, tally) {
+            if matches!(error.downcast_ref(), Some(GuestError::Timeout { .. })) {
+                tally.stuck_vcpus += 1;
+            }
+            tally.problems.push(format!("snapshot {number}, {act:?}: {}", chain(error.as_ref())));
+        }
+        if tally.problems.len() > problems {
+            break;
+        }
+    }
+    for problem in tally.problems.iter_mut().skip(problems) {
+        *problem = format!("seed {}: {problem}", plan.seed);
+    }
+}
+
+struct Run<'a> {
+    plan: &'a Plan,
+    backing: Backing,
+    target: &'a Path,
+    guest: Box<dyn Guest>,
+    ram: Arc<GuestRam>,
+}
+
+/// What a snapshot came to.
+enum End {
+    Image(Report),
+    /// None, and that is fine: why.
+    None(&'static str),
+}
+
+impl<'a> Run<'a> {
+    fn new(plan: &'a Plan, target: &'a Path) -> Result<Self> {
+        let (memory, backing) = match Memory::new(plan.size, plan.backing) {
+            Err(error @ (MemoryError::NoHugePages { .. } | MemoryError::HugePagePool { .. })) => {
+                println!("     thp instead of hugetlb: {error}");
+                (Memory::new(plan.size, Backing::Thp)?, Backing::Thp)
+            }
+            other => (other?, plan.backing),
+        };
+        let guest = new_guest(plan.accel, memory, plan.config)?;
+        guest.start().map_err(|error| format!("{error}; its console: {:?}", guest.console()))?;
+        let ram = snapshot_run::guest_ram(guest.as_ref())?;
+        let _ = fs::remove_file(target);
+        Ok(Self { plan, backing, target, guest, ram })
+    }
+
+    /// One snapshot, and everything that has to be true afterwards.
+    fn act(&self, act: &Act, tally: &mut Tally) -> Result<()> {
+        if !act.options.replace {
+            let _ = fs::remove_file(self.target);
+        }
+        let before = self.there()?;
+        let injected = Injected::default();
+        let (end, t0) = self.snapshot(act, &injected, tally)?;
+        tally.injected_errors += injected.count();
+
+        // First of all, the guest.
+        if let Err(why) = every_vcpu_writes(self.guest.as_ref(), self.plan.config.workload, PATIENCE) {
+            tally.stuck_vcpus += 1;
+            return Err(why.into());
+        }
+        let regions = self.guest.memory().regions();
+        let (left, protected) = (registered(regions)?, protected_pages(regions)?);
+        if !left.is_empty() || protected > 0 {
+            return Err(format!("{protected} pages left protected, left registered: {left:?}").into());
+        }
+        let who = "the guest that was snapshotted";
+        snapshot_run::self_check(self.guest.as_ref(), who, PATIENCE, &mut tally.problems)?;
+        tally.self_checks += 1;
+
+        match end {
+            End::Image(report) => {
+                tally.write_faults += report.counts.faults;
+                tally.fault_service_us_max = tally.fault_service_us_max.max(report.fault_service.max_us());
+                self.verify(act, &t0, tally)?;
+                tally.snapshots += 1;
+            }
+            End::None(_) if before == self.there()? => {}
+            End::None(why) => return Err(format!("{why}, and the previous file is not what it was").into()),
+        }
+        let mut partial = self.target.as_os_str().to_owned();
+        partial.push(".partial");
+        if Path::new(&partial).exists() {
+            return Err("a partial file was left behind".into());
+        }
+        Ok(())
+    }
+
+    /// Which file is at the target, and what is in it, as its own checksum says.
+    fn there(&self) -> Result<Option<(u64, i64, u32)>> {
+        if !self.target.exists() {
+            return Ok(None);
+        }
+        let data = fs::metadata(self.target)?;
+        Ok(Some((data.ino(), data.mtime_nsec(), SnapshotFile::open(self.target)?.checksum())))
+    }
+
+    fn prepare(&self, act: &Act, injected: &Injected) -> Result<Prepared> {
+        let table = Arc::clone(self.ram.table());
+        let Act { options, trouble, .. } = act;
+        let file = FileSinkOptions { replace: options.replace, sync: options.sync };
+        let mut sink = BadSink::new(Box::new(FileSink::create(self.target, &table, &file)?), injected);
+        if let Some(slow) = act.slow {
+            sink = sink.slow(slow);
+        }
+        sink = match *trouble {
+            Trouble::Sink(nth, how) => sink.failing_at(nth, how),
+            Trouble::Commit(how) => sink.failing_to_commit(how),
+            _ => sink,
+        };
+        let mut ram = Arc::clone(&self.ram) as Arc<dyn RamSource>;
+        if let Trouble::Ram(nth, panics) = *trouble {
+            ram = Arc::new(BadRam::new(ram, nth, panics, injected));
+        }
+        let tracker = Tracker::open(Arc::clone(&self.ram), &TrackerOptions::default())?;
+        let mut tracker = Arc::new(tracker) as Arc<dyn WriteTracker>;
+        if let Trouble::Tracker(nth, fault) = *trouble {
+            tracker = Arc::new(BadTracker::new(tracker, fault, nth, injected));
+        }
+        Ok(prepare_with(Parts { tracker, ram, table, sink: Box::new(sink) }, options)?)
+    }
+
+    fn snapshot(&self, act: &Act, injected: &Injected, tally: &mut Tally) -> Result<(End, Vec<Vec<u8>>)> {
+        let prepared = self.prepare(act, injected)?;
+        let prepared = if act.ahead { prepared.arm_ahead() } else { Ok(prepared) };
+        let prepared = match prepared {
+            Ok(prepared) => prepared,
+            Err(error) => return Ok((fine(act, injected, error, tally)?, Vec::new())),
+        };
+        let Begun { live, t0, pause, .. } = snapshot_run::begin(self.guest.as_ref(), prepared)?;
+        tally.pause(pause);
+        let live = match live {
+            Ok(live) => live,
+            Err(error) => return Ok((fine(act, injected, error, tally)?, t0)),
+        };
+        let result = match act.trouble {
+            Trouble::Cancel(after) => {
+                let handle = live.handle();
+                std::thread::scope(|scope| {
+                    scope.spawn(move || {
+                        std::thread::sleep(after);
+                        handle.cancel();
+                    });
+                    live.finish()
+                })
+            }
+            Trouble::Drop(after) => {
+                std::thread::sleep(after);
+                drop(live);
+                tally.cancels += 1;
+                return Ok((End::None("it was dropped"), t0));
+            }
+            _ => self.finish(live, tally)?,
+        };
+        let end = match result {
+            Ok(report) => End::Image(report),
+            Err(error) => fine(act, injected, error, tally)?,
+        };
+        Ok((end, t0))
+    }
+
+    fn finish(&self, live: Live, tally: &mut Tally) -> Result<std::result::Result<Report, SnapshotFailed>> {
+        snapshot_run::wait_until_captured(&live);
+        tally.stall(self.guest.stats()?.gaps.max());
+        Ok(live.finish())
+    }
+
+    /// The file is T0, and what is restored from it as well.
+    fn verify(&self, act: &Act, t0: &[Vec<u8>], tally: &mut Tally) -> Result<()> {
+        let file = SnapshotFile::open(self.target)?;
+        let verified = verify::against_file(&file, t0)?;
+        tally.pages_verified += verified.pages;
+        tally.mismatches += verified.mismatched;
+        if let Some(page) = verified.first_mismatch {
+            return Err(format!("{} pages differ from T0, the first is {page}", verified.mismatched).into());
+        }
+        if !act.restore {
+            return Ok(());
+        }
+        let size = (self.plan.size, self.backing);
+        let restored = match snapshot_run::restore(self.plan.accel, self.plan.config, size, &file, t0) {
+            // The pool of huge pages may be exhausted: the first guest has them.
+            Err(error) if error.downcast_ref::<MemoryError>().is_some() => {
+                let other = (self.plan.size, Backing::Anon);
+                snapshot_run::restore(self.plan.accel, self.plan.config, other, &file, t0)?
+            }
+            other => other?,
+        };
+        tally.mismatches += restored.mismatched;
+        if restored.mismatched > 0 {
+            return Err(format!("{} pages differ from T0 after the restore", restored.mismatched).into());
+        }
+        restored.guest.resume()?;
+        if let Err(why) = every_vcpu_writes(restored.guest.as_ref(), self.plan.config.workload, PATIENCE) {
+            tally.stuck_vcpus += 1;
+            return Err(format!("the restored guest: {why}").into());
+        }
+        snapshot_run::self_check(restored.guest.as_ref(), "the restored guest", PATIENCE, &mut tally.problems)?;
+        (tally.restores, tally.self_checks) = (tally.restores + 1, tally.self_checks + 1);
+        Ok(())
+    }
+}
+
+/// Whether it is right that there is no image.
+fn fine(act: &Act, injected: &Injected, error: SnapshotFailed, tally: &mut Tally) -> Result<End> {
+    let cause = match &error {
+        SnapshotFailed::Ended { cause, .. } => Some(*cause),
+        _ => None,
+    };
+    match (cause, act.trouble) {
+        (Some(Cause::Cancelled), Trouble::Cancel(_)) => {
+            tally.cancels += 1;
+            Ok(End::None("it was cancelled"))
+        }
+        (Some(Cause::PoolFull), _) if act.options.when_full == WhenFull::Cancel => {
+            tally.pool_full += 1;
+            Ok(End::None("the pool was full"))
+        }
+        (_, Trouble::Tracker(_, fault)) if fault.is_survived() => Err(error.into()),
+        _ if injected.count() > 0 => Ok(End::None("an error was injected")),
+        _ => Err(error.into()),
+    }
+}
