@@ -39,6 +39,9 @@ fn open(bytes: Vec<u8>) -> Result<Metadata, OpenErrorKind> {
     parse(&Printed(bytes), len)
 }
 
+/// Interpreted, a sample is enough: it is the same code for every byte.
+const STRIDE: usize = if cfg!(miri) { 12 } else { 1 };
+
 /// Recomputes all checksums, each section as long as its entry says if it can be.
 fn repair(bytes: &mut [u8]) {
     let number = |bytes: &[u8], at: usize| u64::from_le_bytes(bytes[at..at + 8].try_into().unwrap());
@@ -60,7 +63,8 @@ fn repair(bytes: &mut [u8]) {
 
 #[test]
 fn the_printed_example_says_what_the_text_says() {
-    let meta = open(printed()).unwrap();
+    let good = printed();
+    let meta = open(good.clone()).unwrap();
     assert_eq!(meta.id.to_string(), "a0a1a2a3a4a5a6a7a8a9aaabacadaeaf");
     assert_eq!((meta.file_len, meta.parent), (8656, None));
     let [block] = meta.blocks[..] else { panic!("{:?}", meta.blocks) };
@@ -70,15 +74,16 @@ fn the_printed_example_says_what_the_text_says() {
     assert_eq!((meta.crcs.len(), meta.crcs[0].get()), (1, 0xd134_dea2));
     assert_eq!(meta.device_state, b"cpu");
     assert_eq!(meta.statistics, [("pause_us".to_owned(), 350)]);
-    let mut repaired = printed();
+    let mut repaired = good.clone();
     repair(&mut repaired);
-    assert_eq!(repaired, printed());
+    assert_eq!(repaired, good);
 }
 
 #[test]
 fn every_byte_of_it_matters() {
-    for at in 0..printed().len() {
-        let mut bytes = printed();
+    let good = printed();
+    for at in (0..good.len()).step_by(STRIDE) {
+        let mut bytes = good.clone();
         bytes[at] ^= 1 << (at % 8);
         let text = open(bytes).expect_err("a flipped bit").to_string();
         assert!(text.len() > 20, "byte {at}: {text}");
@@ -87,20 +92,20 @@ fn every_byte_of_it_matters() {
 
 #[test]
 fn no_length_but_its_own_opens() {
-    for len in 0..printed().len() {
-        let mut bytes = printed();
-        bytes.truncate(len);
+    let good = printed();
+    for len in (0..good.len()).step_by(STRIDE) {
         // Too short for a tail behind the hole, the reader looks into the hole: the source has nothing there.
-        assert!(open(bytes).is_err(), "{len} bytes");
+        assert!(open(good[..len].to_vec()).is_err(), "{len} bytes");
     }
 }
 
 #[test]
 fn any_number_anywhere_with_good_checksums_is_survived() {
+    let good = printed();
     let mut opened = 0;
-    for at in (0..printed().len() - 8).step_by(4) {
+    for at in (0..good.len() - 8).step_by(4 * STRIDE) {
         for number in [0, 1, 0xffff, 1 << 40, 1 << 60, u64::MAX] {
-            let mut bytes = printed();
+            let mut bytes = good.clone();
             bytes[at..at + 8].copy_from_slice(&number.to_le_bytes());
             repair(&mut bytes);
             match open(bytes) {

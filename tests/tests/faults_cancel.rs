@@ -6,7 +6,7 @@ use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 use ramshot::{Cause, Live, Options, Parts, Prepared, SnapshotFailed};
-use ramshot_tests::chaos::{BadSink, Injected, Rig, Tap, accels, alone, say};
+use ramshot_tests::chaos::{BadSink, Injected, Rig, Tap, accels, alone, protected_pages, registered, say};
 
 const PATIENCE: Duration = Duration::from_secs(60);
 
@@ -132,6 +132,9 @@ fn dropped_at_every_phase() {
         drop(live);
         handle.cancel();
         assert!(handle.progress().ended);
+        // It may keep the descriptor open, not the registration.
+        let regions = rig.guest.memory().regions();
+        assert_eq!((registered(regions).unwrap(), protected_pages(regions).unwrap()), (Vec::new(), 0), "{accel}");
         drop(handle);
         rig.unharmed().unwrap();
         rig.exact_snapshot().unwrap();

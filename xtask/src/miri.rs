@@ -1,7 +1,7 @@
 //! `cargo xtask miri`: the interpreter that finds undefined behaviour, over the core and the file code.
 //!
 //! It is a thousand times slower than the machine, so what tries very many cases is left out: the exhaustive exploration
-//! and the property tests of the core; of the file code all but what a file of a few pages shows.
+//! and the property tests of the core, and of the file code what needs files.
 
 use xshell::{Shell, cmd};
 
@@ -10,17 +10,9 @@ use crate::{Outcome, setup};
 /// Tests of the core that are left out, by a part of their name.
 const CORE_LEFT_OUT: [&str; 4] = ["explore::", "properties::", "random::", "behaves_like_a_vector_of_bools"];
 
-/// Tests of the file code that are run.
-const FILE: [&str; 8] = [
-    "file::tests_attack::the_forge_is_faithful",
-    "file::tests_attack::statistics_must_make_sense",
-    "file::tests_attack::identity_must_make_sense",
-    "file::tests_attack::sections_of_the_future",
-    "file::tests_read::the_example_of_the_specification",
-    "file::tests_read::an_increment_does_not_restore_without_its_parent",
-    "file::tests_read::a_damaged_page_is_named",
-    "file::tests_read::bytes_in_a_hole_are_found",
-];
+/// Tests of the file code that are run: those that read from memory. Writing ends in system calls, about which Miri knows
+/// little, and takes it minutes.
+const FILE: &str = "file::tests_memory::";
 
 pub(crate) fn run() -> Outcome {
     let shell = setup::shell()?;
@@ -39,21 +31,16 @@ pub(crate) fn run() -> Outcome {
     }
     let left_out = CORE_LEFT_OUT.iter().flat_map(|name| ["--skip", name]).map(str::to_owned);
     let core = tests(&shell, "ramshot-core", left_out.collect())?;
-    let exactly = ["--exact"].into_iter().chain(FILE).map(str::to_owned);
-    let file = tests(&shell, "ramshot", exactly.collect())?;
+    let file = tests(&shell, "ramshot", vec![FILE.to_owned()])?;
     println!("Miri: {core} tests of the core and {file} of the file code, no undefined behaviour");
-    // A test that was renamed would otherwise be missed by nobody.
-    if file == FILE.len() {
-        Ok(())
-    } else {
-        Err(format!("{} tests of the file code were asked for", FILE.len()).into())
-    }
+    // Tests that were renamed would otherwise be missed by nobody.
+    if core == 0 || file == 0 { Err("the filters leave no test".into()) } else { Ok(()) }
 }
 
 /// Runs tests of a package; returns how many passed.
 fn tests(shell: &Shell, package: &str, args: Vec<String>) -> Result<usize, Box<dyn std::error::Error>> {
     println!("==== Miri: {package}");
-    // The files are real ones: without isolation they can be reached.
+    // Without isolation: the test harness asks for the time and the working directory.
     let run = cmd!(shell, "cargo +nightly miri test --quiet --package {package} --lib -- {args...}")
         .env("MIRIFLAGS", "-Zmiri-disable-isolation")
         .quiet()

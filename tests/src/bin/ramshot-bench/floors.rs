@@ -48,7 +48,7 @@ pub(crate) fn of_guest(guest: &OurGuest, working_set: u64, busy: bool, runs: u32
 /// page then costs a second-level fault, which KVM serves alone. No snapshot by write protection can cost less.
 fn refaults(guest: &OurGuest) -> Result<f64> {
     let stats = guest.stats()?;
-    let (before, _) = stats.rate_before(WATCH)?;
+    let (before, _) = stats.rate_before(WATCH, false)?;
     let tracker = Tracker::open(Arc::clone(&guest.ram), &TrackerOptions::default())?;
     guest.guest.pause()?;
     let armed = protect_all(&guest.ram, &tracker);

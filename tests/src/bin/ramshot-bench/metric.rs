@@ -32,7 +32,7 @@ pub(crate) const METRICS: &[Metric] = &[
     shown("arm_ms", 0, "arm ms", 1.0, 2),
     // The longest time between two writes of the guest, by its own clock, the pause included.
     shown("gap_ms", 0, "gap ms", 1.0, 2),
-    shown("capture_ms", 0, "capture ms", 1.0, 0),
+    shown("capture_ms", 0, "capt. ms", 1.0, 0),
     shown("total_ms", 0, "total ms", 1.0, 0),
     shown("gb_per_s", 0, "GB/s", 1.0, 2),
     shown("faults", 0, "faults", 1.0, 0),

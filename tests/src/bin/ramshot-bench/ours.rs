@@ -77,7 +77,7 @@ impl OurGuest {
         let mut sample = Sample::new();
         sample.insert("load", machine::load());
         put(&mut sample, "huge_before_mib", self.huge()?);
-        let (before, drift) = stats.rate_before(WATCH)?;
+        let (before, drift) = stats.rate_before(WATCH, self.idle)?;
         let mut history = History::default();
 
         if !self.idle {

@@ -243,7 +243,7 @@ impl Qemu {
         let mut sample = Sample::new();
         sample.insert("load", machine::load());
         put(&mut sample, "huge_before_mib", huge_before);
-        let (before, drift) = stats.rate_before(WATCH)?;
+        let (before, drift) = stats.rate_before(WATCH, self.idle)?;
         let mut history = History::default();
         stats.collect(&mut history)?;
         if !self.idle {

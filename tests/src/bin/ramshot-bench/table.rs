@@ -24,6 +24,9 @@ fn columns(table: usize) -> impl Iterator<Item = (&'static Metric, &'static str)
 /// `digits` behind the point, fewer of large numbers: three figures count.
 fn number(value: f64, metric: &Metric) -> String {
     let value = value / metric.scale;
+    if value.abs() >= 9999.5 {
+        return format!("{:.1}k", value / 1000.0);
+    }
     let most = if value.abs() >= 99.95 {
         0
     } else if value.abs() >= 9.995 {
@@ -74,7 +77,7 @@ fn rows(table: usize, results: &[CaseResult]) -> Vec<Row> {
             push(peer.name, cells(table, |m| median(&peer.samples, m)));
             push("min-max", cells(table, |m| spread(&peer.samples, m)));
             let of = |key: &str| summary(&peer.samples, key).map(|s| s.median);
-            push("ours / it", cells(table, |m| times(&result.ours, m, of)));
+            push("/ it", cells(table, |m| times(&result.ours, m, of)));
         }
     }
     rows
@@ -91,7 +94,7 @@ pub(crate) fn text(results: &[CaseResult]) -> String {
             heads.iter().enumerate().map(|(n, h)| widest(n).unwrap_or(0).max(h.len()) + 1).collect();
         let case = rows.iter().map(|row| row.case.len()).max().unwrap_or(0).max(4);
         let line = |out: &mut String, case_cell: &str, who: &str, cells: &[&str]| {
-            let _ = write!(out, "{case_cell:case$} {who:9}");
+            let _ = write!(out, "{case_cell:case$} {who:8}");
             cells.iter().zip(&widths).for_each(|(cell, width)| {
                 let _ = write!(out, "{cell:>width$}");
             });
