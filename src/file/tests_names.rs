@@ -2,7 +2,7 @@
 #![allow(clippy::unwrap_used)] // A test that panics has failed, and says where.
 
 use std::error::Error;
-use std::fs::{self, File};
+use std::fs;
 use std::path::Path;
 use std::process::Command;
 
