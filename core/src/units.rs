@@ -105,10 +105,11 @@ impl HostRange {
         at.0 >= self.start.0 && at.0 < self.end().0
     }
 
-    /// Whether the two have a byte in common.
+    /// Whether the two have a byte in common; an empty range has none with anything.
     #[must_use]
     pub const fn overlaps(self, other: Self) -> bool {
-        self.start.0 < other.end().0 && other.start.0 < self.end().0
+        let first = if self.start.0 > other.start.0 { self.start.0 } else { other.start.0 };
+        first < self.end().0 && first < other.end().0
     }
 }
 
@@ -158,10 +159,11 @@ impl Run {
         page.0 >= self.first.0 && page.0 < self.end().0
     }
 
-    /// Whether the two have a page in common.
+    /// Whether the two have a page in common; an empty run has none with anything.
     #[must_use]
     pub const fn overlaps(self, other: Self) -> bool {
-        self.first.0 < other.end().0 && other.first.0 < self.end().0
+        let first = if self.first.0 > other.first.0 { self.first.0 } else { other.first.0 };
+        first < self.end().0 && first < other.end().0
     }
 }
 

@@ -174,7 +174,12 @@ fn an_announced_discard_is_captured_first() {
             let mut rig = rig(accel, backing);
             for round in 1..=3 {
                 fill_scratch(&rig, round);
-                let begun = rig.begin_with_copy(rig.prepare(&rig.options(), |parts| parts).unwrap()).unwrap();
+                // A slow disk and a small pool, or the scan is through before the balloon has begun.
+                let slow = |parts: Parts| {
+                    let sink = BadSink::new(parts.sink, &Injected::default()).slow(Duration::from_millis(20));
+                    Parts { sink: Box::new(sink), ..parts }
+                };
+                let begun = rig.begin_with_copy(rig.prepare(&rig.options(), slow).unwrap()).unwrap();
                 let live = begun.live.unwrap();
                 let handle = live.handle();
                 // From the end, against the scan.

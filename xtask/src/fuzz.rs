@@ -19,8 +19,8 @@ const TARGETS: [(&str, u32); 3] = [("core_events", 1024), ("reader", 2048), ("re
 /// How long each target runs if nothing is said.
 const SECONDS: u64 = 60;
 
-/// Lines of a failed run that are shown.
-const SHOWN: usize = 60;
+/// Lines of a failed run that are shown, from the first on that says what went wrong.
+const SHOWN: usize = 150;
 
 pub(crate) fn run(args: &[String]) -> Outcome {
     let options = Options::parse(args)?;
@@ -47,7 +47,8 @@ pub(crate) fn run(args: &[String]) -> Outcome {
 /// The corpus as a plain test: no nightly compiler, no sanitizer, no libFuzzer.
 pub(crate) fn replay(shell: &Shell) -> Outcome {
     let dir = shell.push_dir("fuzz");
-    let output = cmd!(shell, "cargo test --quiet --no-default-features --lib -- --nocapture").quiet().read()?;
+    let output =
+        cmd!(shell, "cargo test --release --quiet --no-default-features --lib -- --nocapture").quiet().read()?;
     drop(dir);
     output.lines().filter(|line| line.ends_with("replayed")).for_each(|line| println!("{line}"));
     Ok(())
@@ -138,7 +139,11 @@ fn fuzz(shell: &Shell, target: &'static str, len: u32, seconds: u64) -> Result<R
     }
     run.failed = !child.wait()?.success();
     if run.failed {
-        lines.iter().skip(lines.len().saturating_sub(SHOWN)).for_each(|line| eprintln!("{line}"));
+        let wrong = |line: &String| line.contains("panicked at") || line.contains("ERROR: ");
+        let from = lines.iter().position(wrong).unwrap_or(lines.len().saturating_sub(SHOWN));
+        lines.iter().skip(from).take(SHOWN).for_each(|line| eprintln!("{line}"));
+        let found = lines.iter().filter(|line| line.contains("artifacts/"));
+        found.for_each(|line| eprintln!("{}", line.trim_start()));
     }
     Ok(run)
 }

@@ -4,7 +4,7 @@ use std::time::Instant;
 
 use xshell::{Shell, cmd};
 
-use crate::{Outcome, cross, e2e, setup};
+use crate::{Outcome, cross, e2e, fuzz, miri, setup};
 
 /// The oldest compiler that must build this: `rust-version` in Cargo.toml, where the reason stands.
 const MSRV: &str = "1.89";
@@ -21,6 +21,8 @@ pub(crate) fn run() -> Outcome {
     })?;
     step("threads under a systematic scheduler", || shuttle(&shell))?;
     step("tests with all features of the Linux shim", || shim_features(&shell, features))?;
+    step("what fuzzing found before", || fuzz::replay(&shell))?;
+    step("Miri", miri::run)?;
     step("cross builds", cross::run)?;
     step("oldest compiler", || oldest_compiler(&shell))?;
     step("end to end", matrix)

@@ -239,3 +239,16 @@ fn blocks_captured_in_the_pause_are_for_nobody_else() {
     assert!(core.is_pause_captured() && core.is_written());
     assert_eq!(core.counts().by_pause, 2);
 }
+
+#[test]
+fn discarding_nothing_waits_for_nobody() {
+    let mut core = core(&[ram(8)], 4, Limits::default()).unwrap();
+    let claim = core.claim(Worker::Scan);
+    let inside = Run::new(PageId(claim.run().first.0 + 1), 0);
+    assert!(
+        matches!(core.claim_for_discard(inside), Discard::Clear),
+        "an empty run inside a claim has no page to lose"
+    );
+    assert!(matches!(core.claim_for_discard(claim.run()), Discard::Wait));
+    core.finish(claim);
+}
