@@ -26,6 +26,9 @@ pub struct Options {
     /// Whether the commit waits until the image is on stable storage. Default yes; without it a power cut can leave a
     /// file that does not open.
     pub sync: bool,
+    /// Whether pages are written past the page cache where the file system can. Default yes. See
+    /// [`FileSinkOptions::direct`](crate::file::FileSinkOptions::direct).
+    pub direct: bool,
 }
 
 impl Default for Options {
@@ -39,6 +42,7 @@ impl Default for Options {
             around_min: 64 << 10,
             replace: false,
             sync: true,
+            direct: true,
         }
     }
 }

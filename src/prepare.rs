@@ -31,7 +31,7 @@ pub enum PrepareError {
 /// or cannot be written; another snapshot is being written to it; a setting is out of range.
 pub fn prepare(ram: &Arc<GuestRam>, path: impl AsRef<Path>, options: &Options) -> Result<Prepared, PrepareError> {
     options.check().map_err(SetupFailed::from)?;
-    let file = FileSinkOptions { replace: options.replace, sync: options.sync };
+    let file = FileSinkOptions { replace: options.replace, sync: options.sync, direct: options.direct };
     let sink = Box::new(FileSink::create(path.as_ref(), ram.table(), &file)?);
     let tracker = Tracker::open(Arc::clone(ram), &TrackerOptions::default())?;
     let parts = Parts {

@@ -15,6 +15,21 @@ pub(crate) use std::{
     thread,
 };
 
+/// The calling thread runs as soon as it is woken: whoever it serves is blocked until then.
+pub(crate) fn run_at_once() {
+    // Shuttle's threads are all one to the system.
+    if cfg!(not(ramshot_shuttle)) {
+        crate::os::priority::run_at_once();
+    }
+}
+
+/// The calling thread makes way for the guest and for who serves it.
+pub(crate) fn run_behind() {
+    if cfg!(not(ramshot_shuttle)) {
+        crate::os::priority::run_behind();
+    }
+}
+
 /// Locks, whether or not a thread died while it held the lock: the state behind is only ever changed by whole steps, and a
 /// thread that dies ends the snapshot.
 pub(crate) fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {

@@ -47,38 +47,34 @@ pub enum WhenFull {
 
 /// How far a fault takes its neighbours along.
 ///
-/// It grows while faults come thick and shrinks when they come one by one. Core has no clock: time is counted in
-/// claims of the scan, which go on steadily while nobody faults.
+/// It grows while faults come one after the other, and shrinks when they come one by one. Core has no clock: the
+/// embedder says when there was a lull between two faults.
 #[derive(Clone, Copy, PartialEq, Eq, Hash, Debug)]
 pub(crate) struct FaultAround {
     pages: u64,
-    scans_since: u8,
+    lull: bool,
 }
-
-/// Faults with at most this many scan claims between them (about 1 ms of scanning) come thick.
-const THICK: u8 = 2;
-/// With more than this many between them they come one by one.
-const SPARSE: u8 = 16;
 
 impl FaultAround {
     pub(crate) fn new(limits: &Limits) -> Self {
-        Self { pages: limits.around_min, scans_since: u8::MAX }
+        Self { pages: limits.around_min, lull: true }
     }
 
-    /// A scan claim was made.
-    pub(crate) fn scanned(&mut self) {
-        self.scans_since = self.scans_since.saturating_add(1);
+    /// For a while nobody faulted.
+    pub(crate) fn lull(&mut self) {
+        self.lull = true;
+    }
+
+    #[cfg(test)]
+    pub(crate) fn is_lull(&self) -> bool {
+        self.lull
     }
 
     /// A fault is about to be claimed: how many pages around it.
     pub(crate) fn faulted(&mut self, limits: &Limits) -> u64 {
-        if self.scans_since <= THICK {
-            self.pages = self.pages.saturating_mul(2);
-        } else if self.scans_since > SPARSE {
-            self.pages /= 2;
-        }
-        self.pages = self.pages.clamp(limits.around_min.max(1), limits.around_max.max(limits.around_min).max(1));
-        self.scans_since = 0;
+        let pages = if self.lull { self.pages / 2 } else { self.pages.saturating_mul(2) };
+        self.pages = pages.clamp(limits.around_min.max(1), limits.around_max.max(limits.around_min).max(1));
+        self.lull = false;
         self.pages
     }
 }
@@ -106,7 +102,7 @@ mod tests {
         let grown: std::vec::Vec<u64> = (0..7).map(|_| around.faulted(&limits)).collect();
         assert_eq!(grown, [32, 64, 128, 256, 512, 512, 512]);
         for expected in [256, 128, 64, 32, 16, 16] {
-            (0..100).for_each(|_| around.scanned());
+            around.lull();
             assert_eq!(around.faulted(&limits), expected);
         }
     }

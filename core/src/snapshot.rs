@@ -175,6 +175,12 @@ where
         outcome
     }
 
+    /// Since the last fault was served, nobody has faulted for so long that a writer got more done than it waited. The
+    /// next fault takes fewer neighbours along; without a lull it takes more. Hand it in before the fault.
+    pub fn handle_lull(&mut self) {
+        self.around.lull();
+    }
+
     /// A reader elsewhere wants `page` next.
     pub fn handle_request(&mut self, page: PageId) -> RequestOutcome {
         let Some(index) = self.table.block_of(page) else {

@@ -556,6 +556,9 @@ impl<const FAULTS: usize, const CLAIMS: usize> World<FAULTS, CLAIMS> {
         let what = bytes.next();
         if what >= 64 {
             // Most bytes are harmless, or hardly a snapshot would live.
+            if what >= 160 {
+                self.core.handle_lull();
+            }
             return;
         }
         let at = bytes.pick(self.flights.len().max(1));

@@ -7,7 +7,7 @@
 //! - [`storage`]: file access at offsets.
 //!
 //! All unsafe code of the project's library part stands in this crate: in `uffd` (ioctls), `ram` (guest memory by
-//! pointer), `populated` (PAGEMAP_SCAN) and `event` (descriptors in messages).
+//! pointer), `populated` (PAGEMAP_SCAN), `event` (descriptors in messages), `storage` (statx) and `priority`.
 //!
 //! ```
 //! # use std::sync::Arc;

@@ -41,6 +41,12 @@ pub fn allocate(_file: &File, _at: u64, _len: u64) -> io::Result<()> {
     Err(io::Error::new(io::ErrorKind::Unsupported, "this system cannot allocate file space ahead"))
 }
 
+/// `file` opened once more for writes past the page cache: not here.
+#[must_use]
+pub const fn direct(_file: &File, _path: &Path) -> Option<File> {
+    None
+}
+
 /// Makes what happened to the names in a directory durable, where a directory can be opened as a file; elsewhere
 /// (Windows) that is the file system's own business and this does nothing.
 ///

@@ -1,5 +1,6 @@
 //! Writing a snapshot file: the image sink that ends in a file.
 
+use std::fs::File;
 use std::path::Path;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Mutex, PoisonError};
@@ -12,6 +13,7 @@ use super::pages::PageTable;
 use super::partial::Partial;
 use super::sections::{Batch, Failed};
 use super::{PageState, ParentRef, SnapshotId, trailer};
+use crate::os::storage;
 use crate::sink::{Committed, ImageMeta, ImageSink, PageDigest, Piece, SinkError};
 
 /// How a snapshot file is written.
@@ -23,12 +25,16 @@ pub struct FileSinkOptions {
     /// Sync data, trailer and directory, so that a committed snapshot survives a power failure. Without it, it
     /// survives the death of this process.
     pub sync: bool,
+    /// Write pages past the page cache where the file system can (`O_DIRECT`, Linux 6.1): faster, at half the processor
+    /// time, and nobody is throttled for dirty pages. What is written is then not in the page cache, so a restore right
+    /// afterwards reads it from the device.
+    pub direct: bool,
 }
 
 impl Default for FileSinkOptions {
-    /// Keeps what exists; syncs.
+    /// Keeps what exists; syncs; past the page cache.
     fn default() -> Self {
-        Self { replace: false, sync: true }
+        Self { replace: false, sync: true, direct: true }
     }
 }
 
@@ -43,6 +49,8 @@ pub struct FileSink {
     id: SnapshotId,
     parent: Option<ParentRef>,
     sync: bool,
+    /// The same file for writes past the page cache.
+    direct: Option<File>,
     /// Held while digests are noted, never during I/O.
     pages: Mutex<PageTable>,
     /// A write has failed: what is there can never be committed.
@@ -80,6 +88,8 @@ impl FileSink {
             what: format!("{:?} cannot be made {} bytes long", partial.path(), table.pages() * PAGE_BYTES),
             source,
         })?;
+        let direct = options.direct.then(|| storage::direct(partial.file(), partial.path())).flatten();
+        log::debug!(target: "ramshot::file", "{path:?}: direct I/O: {}", direct.is_some());
         let default = if parent.is_some() { PageState::InParent } else { PageState::Zero };
         Ok(Self {
             partial,
@@ -87,6 +97,7 @@ impl FileSink {
             id: id.unwrap_or_else(SnapshotId::random),
             parent,
             sync: options.sync,
+            direct,
             pages: Mutex::new(PageTable::new(table.pages(), default)),
             failed: AtomicBool::new(false),
         })
@@ -110,7 +121,10 @@ impl FileSink {
                     .map_err(|twice| self.misuse(format!("{} was given twice", twice.0)))?;
             }
         }
-        let mut batch = Batch::new(self.partial.file());
+        // The pool's slots are aligned; who calls this by hand may not care.
+        let aligned = |piece: &Piece<'_>| piece.bytes.as_ptr().align_offset(PAGE) == 0;
+        let direct = self.direct.as_ref().filter(|_| pieces.iter().all(aligned));
+        let mut batch = Batch::new(direct.unwrap_or(self.partial.file()));
         for piece in pieces {
             for_each_data_run(piece, |first, bytes| batch.add(first.0, bytes)).map_err(|e| self.write_error(e))?;
         }

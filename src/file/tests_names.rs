@@ -15,8 +15,8 @@ use super::tests_support::{QUICK, digests, give, meta, snapshot, some_ram, table
 use super::{FileSink, FileSinkOptions, SnapshotFile};
 use crate::sink::{ImageMeta, ImageSink, Piece};
 
-const KEEP: FileSinkOptions = FileSinkOptions { replace: false, sync: true };
-const REPLACE: FileSinkOptions = FileSinkOptions { replace: true, sync: true };
+const KEEP: FileSinkOptions = FileSinkOptions { replace: false, sync: true, direct: true };
+const REPLACE: FileSinkOptions = FileSinkOptions { replace: true, sync: true, direct: true };
 
 fn create(path: &Path, options: &FileSinkOptions) -> Result<FileSink, CreateError> {
     FileSink::create(path, &table(8), options)

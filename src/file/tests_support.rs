@@ -71,7 +71,7 @@ pub(super) fn meta() -> ImageMeta {
 }
 
 /// Options that replace and, for speed, do not sync.
-pub(super) const QUICK: FileSinkOptions = FileSinkOptions { replace: true, sync: false };
+pub(super) const QUICK: FileSinkOptions = FileSinkOptions { replace: true, sync: false, direct: true };
 
 /// A committed snapshot of `flat`.
 pub(super) fn snapshot(path: &Path, table: &BlockTable, flat: &[u8]) -> Committed {

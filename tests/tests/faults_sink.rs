@@ -190,7 +190,7 @@ fn full_file_systems() {
             };
             let target = mount.join("vm.ramshot");
             let sink = || {
-                let options = FileSinkOptions { replace: true, sync: true };
+                let options = FileSinkOptions { replace: true, sync: true, direct: true };
                 Box::new(FileSink::create(&target, rig.ram.table(), &options).unwrap())
             };
             let take = || rig.snapshot(&rig.options(), |parts| Parts { sink: sink(), ..parts }).unwrap();

@@ -41,6 +41,10 @@ where
         self.cause.is_some().hash(hasher);
     }
 
+    pub(crate) fn is_lull(&self) -> bool {
+        self.around.is_lull()
+    }
+
     pub(crate) fn is_pending(&self, page: PageId) -> bool {
         self.pending.contains(page)
     }

@@ -24,10 +24,7 @@ where
         };
         self.search.round_complete |= ahead.is_none();
         match self.claim(page, self.limits.scan_pages, Budget::Scan, Origin::Scan) {
-            Ok(claim) => {
-                self.around.scanned();
-                Next::Claim(claim)
-            }
+            Ok(claim) => Next::Claim(claim),
             Err(_) => Next::Full,
         }
     }

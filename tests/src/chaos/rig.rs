@@ -112,7 +112,7 @@ impl Rig {
     /// They cannot be had.
     pub fn parts_into(&self, path: &Path) -> Result<Parts> {
         let table = Arc::clone(self.ram.table());
-        let sink = FileSink::create(path, &table, &FileSinkOptions { replace: true, sync: false })?;
+        let sink = FileSink::create(path, &table, &FileSinkOptions { replace: true, sync: false, direct: true })?;
         let tracker = Tracker::open(Arc::clone(&self.ram), &TrackerOptions::default())?;
         Ok(Parts {
             tracker: Arc::new(tracker) as Arc<dyn WriteTracker>,

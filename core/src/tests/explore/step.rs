@@ -50,6 +50,8 @@ pub(super) enum Step {
     Zap,
     Resume,
     Cancel,
+    /// For a while nobody faulted.
+    Lull,
     Commit,
     Disarm,
 }
@@ -60,7 +62,12 @@ impl Step {
         match self {
             Self::Again(_) => posted,
             Self::Read { twice, .. } => !twice,
-            Self::Spurious(_) | Self::CopyFails(_) | Self::LiftFails(_) | Self::SaveFails(_) | Self::Cancel => false,
+            Self::Spurious(_)
+            | Self::CopyFails(_)
+            | Self::LiftFails(_)
+            | Self::SaveFails(_)
+            | Self::Cancel
+            | Self::Lull => false,
             _ => true,
         }
     }
@@ -127,6 +134,8 @@ impl<const F: usize, const C: usize> World<F, C> {
         }
         steps.extend((self.paused && (ended || self.core.is_pause_captured())).then_some(Step::Resume));
         steps.extend((setup.errors && !ended && !self.committed).then_some(Step::Cancel));
+        let window_moves = setup.limits.around_max > setup.limits.around_min;
+        steps.extend((window_moves && !self.core.is_lull()).then_some(Step::Lull));
         steps.extend((self.core.is_written() && !self.committed).then_some(Step::Commit));
         let over = ended || self.core.is_captured();
         let disarms = setup.defect != Some(Defect::NoDisarm);
@@ -206,6 +215,7 @@ impl<const F: usize, const C: usize> World<F, C> {
             }
             Step::Resume => self.paused = false,
             Step::Cancel => drop(self.core.cancel(Cause::Cancelled)),
+            Step::Lull => self.core.handle_lull(),
             Step::Commit => self.committed = true,
             Step::Disarm => self.disarm(setup),
             _ => self.advance(setup, step),

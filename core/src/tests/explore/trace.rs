@@ -85,6 +85,7 @@ fn describe<const F: usize, const C: usize>(
         Step::Resume => "VMM: resumes the guest".into(),
         Step::Cancel => "VMM: cancels".into(),
         Step::Commit => "writer: commits the image".into(),
+        Step::Lull => "fault thread: for a while nobody has faulted".into(),
         Step::Disarm => "fault thread: disarms".into(),
     }
 }

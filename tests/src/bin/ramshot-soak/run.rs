@@ -131,7 +131,7 @@ impl<'a> Run<'a> {
     fn prepare(&self, act: &Act, injected: &Injected) -> Result<Prepared> {
         let table = Arc::clone(self.ram.table());
         let Act { options, trouble, .. } = act;
-        let file = FileSinkOptions { replace: options.replace, sync: options.sync };
+        let file = FileSinkOptions { replace: options.replace, sync: options.sync, direct: options.direct };
         let mut sink = BadSink::new(Box::new(FileSink::create(self.target, &table, &file)?), injected);
         if let Some(slow) = act.slow {
             sink = sink.slow(slow);
