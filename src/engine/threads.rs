@@ -231,6 +231,8 @@ enum Served {
 
 /// A scan worker: copies what is pending, and computes the digests of all that is copied.
 pub(crate) fn scan(shared: &Shared) {
+    // A vCPU that waits for a run in its hands is not on a core meanwhile.
+    run_behind();
     let mut state = shared.lock();
     while !state.stop {
         if let Some(mut job) = state.undigested.pop_front() {
@@ -256,7 +258,6 @@ pub(crate) fn scan(shared: &Shared) {
 
 /// A writer: hands what is digested to the sink, several runs at a time.
 pub(crate) fn write(shared: &Shared, sink: &Arc<Box<dyn ImageSink>>) {
-    // Nobody waits for a writer; the scan would, while it holds a claim.
     run_behind();
     let mut batch: Array<Job, 64> = Array::new();
     let mut state = shared.lock();
