@@ -7,7 +7,7 @@
 //! - [`storage`]: file access at offsets.
 //!
 //! All unsafe code of the project's library part stands in this crate: in `uffd` (ioctls), `ram` (guest memory by
-//! pointer), `populated` (PAGEMAP_SCAN), `event` (descriptors in messages), `storage` (statx) and `priority`.
+//! pointer), `populated` (PAGEMAP_SCAN), `event` (descriptors in messages), `storage` (statx), `dirty` (KVM's log) and `priority`.
 //!
 //! ```
 //! # use std::sync::Arc;
@@ -44,6 +44,7 @@
 #![cfg_attr(test, allow(clippy::unwrap_used))]
 
 mod backing;
+mod dirty;
 mod error;
 mod event;
 #[cfg(feature = "vm-memory")]
@@ -60,6 +61,7 @@ mod tracker;
 mod uapi;
 mod uffd;
 
+pub use dirty::{KvmDirtyLog, KvmSlot};
 pub use error::{Missing, RamError, TrackError};
 pub use probe::{Probe, compatible, probe};
 pub use ram::{GuestRam, Region, RegionFile};

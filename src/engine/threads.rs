@@ -132,17 +132,16 @@ impl<'a> FaultServer<'a> {
                     state.foreign_faults += 1;
                     self.foreign.push(at);
                 }
-                Event::Discarded(_) | Event::Unmapped(_) => match (&mut state.core, state.phase) {
-                    (Some(core), _) => hear_of_loss(core, event),
-                    (None, Phase::Arming) => state.early_losses.push(event),
-                    (None, _) => {
-                        if let (Some(ahead), Event::Discarded(range) | Event::Unmapped(range)) =
-                            (&mut state.ahead, event)
-                        {
-                            ahead.handle_discarded(range);
-                        }
+                Event::Discarded(range) | Event::Unmapped(range) => {
+                    // No log tells of it.
+                    self.shared.dirty.iter().for_each(|dirty| dirty.mark(range));
+                    match (state.phase, &mut state.core, &mut state.ahead) {
+                        (Phase::Live, Some(core), _) => hear_of_loss(core, event),
+                        (Phase::Prepared, _, Some(ahead)) => ahead.handle_discarded(range),
+                        (Phase::Prepared | Phase::Live, ..) => {}
+                        (Phase::Arming, ..) => state.early_losses.push(event),
                     }
-                },
+                }
             }
         }
     }
