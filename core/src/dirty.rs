@@ -1,4 +1,3 @@
-
 //! What an increment consists of: the pages written since the snapshot that it builds on.
 
 use crate::bitmap::PageBitmap;
@@ -274,3 +273,4 @@ mod tests {
             }
         }
     }
+}
