@@ -1,6 +1,7 @@
 //! Tests that see the inside of the crate.
 #![allow(clippy::unwrap_used)]
 
+mod ahead;
 mod blocks;
 mod defect;
 mod explore;
