@@ -6,8 +6,8 @@
 //! - [`probe`], [`compatible`]: what this system offers and whether each block can be tracked, asked beforehand.
 //! - [`storage`]: file access at offsets.
 //!
-//! All unsafe code of the project's library part stands in this crate: in `uffd` (ioctls), `ram` (guest memory by
-//! pointer), `populated` (PAGEMAP_SCAN), `event` (descriptors in messages), `storage` (statx) and `priority`.
+//! All unsafe code of the project's library part stands in this crate: in `uffd` (ioctls), `ram` and `anonymous`
+//! (guest memory by pointer), `populated` (PAGEMAP_SCAN), `event` (descriptors in messages), `storage` (statx) and `priority`.
 //!
 //! ```
 //! # use std::sync::Arc;
@@ -43,6 +43,7 @@
 //! ```
 #![cfg_attr(test, allow(clippy::unwrap_used))]
 
+mod anonymous;
 mod backing;
 mod error;
 mod event;
@@ -60,6 +61,7 @@ mod tracker;
 mod uapi;
 mod uffd;
 
+pub use anonymous::AnonymousRam;
 pub use error::{Missing, RamError, TrackError};
 pub use probe::{Probe, compatible, probe};
 pub use ram::{GuestRam, Region, RegionFile};

@@ -24,6 +24,7 @@
 //! ```
 #![forbid(unsafe_code)]
 
+mod anonymous;
 mod error;
 pub mod priority;
 mod probe;
@@ -31,6 +32,7 @@ mod ram;
 pub mod storage;
 mod tracker;
 
+pub use anonymous::AnonymousRam;
 pub use error::{Missing, RamError, TrackError};
 pub use probe::{Probe, compatible, probe};
 pub use ram::{GuestRam, Region, RegionFile};
