@@ -60,6 +60,6 @@ mod tests {
         columns.row([shown("a\x1b[2Jb"), "7".to_owned()]);
         let mut out = Vec::new();
         columns.write(&mut out).unwrap();
-        assert_eq!(String::from_utf8(out).unwrap(), "  name            pages\n  a\\u{1b}[2Jb      7\n");
+        assert_eq!(String::from_utf8(out).unwrap(), "  name         pages\n  a\\u{1b}[2Jb      7\n");
     }
 }

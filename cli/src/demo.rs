@@ -34,7 +34,8 @@ pub(crate) struct Demo {
     /// Threads that write.
     #[arg(long, value_name = "N", default_value_t = 2, value_parser = clap::value_parser!(u16).range(1..=64))]
     threads: u16,
-    /// How much of the memory has been written to before the snapshot; the rest was never touched.
+    /// How much of the memory is filled at first. The threads write to all of that and to half of the rest; the other
+    /// half is never touched.
     #[arg(long, value_name = "PERCENT", default_value_t = 75, value_parser = clap::value_parser!(u8).range(0..=100))]
     fill: u8,
     /// How long to write before and after the snapshot, to compare.
@@ -88,7 +89,7 @@ impl Demo {
         let mut copy = copy_buffer(memory.words().len())?;
         fill(&memory, self.fill);
 
-        let guest = Guest::start(&memory, self.threads)?;
+        let guest = Guest::start(&memory, self.threads, written_pages(&memory, self.fill))?;
         std::thread::sleep(Duration::from_millis(self.around));
         let prepared = if self.no_arm_ahead { prepared } else { prepared.arm_ahead().map_err(refused)? };
 
@@ -136,6 +137,13 @@ fn fill(memory: &AnonymousRam, percent: u8) {
             word.store(number.wrapping_mul(0x9e37_79b9_7f4a_7c15), std::sync::atomic::Ordering::Relaxed);
         }
     }
+}
+
+/// How many pages, from the first on, the threads write to: at least one.
+fn written_pages(memory: &AnonymousRam, percent: u8) -> u64 {
+    let pages = (memory.words().len() / WORDS) as u64;
+    let filled = pages * u64::from(percent) / 100;
+    (filled + (pages - filled) / 2).max(1)
 }
 
 /// Shows how far it is until all pages are captured.

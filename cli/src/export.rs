@@ -88,9 +88,9 @@ impl Export {
         let (file, name) = (chain.top(), shown(&self.output.display().to_string()));
         writeln!(
             out,
-            "{name}: {} of RAM in {} blocks",
+            "{name}: {} of RAM in {}",
             size::bytes(file.ram_bytes()),
-            in_image(file.blocks()).count()
+            size::blocks(in_image(file.blocks()).count())
         )?;
         Ok(Answer::Yes)
     }

@@ -91,7 +91,7 @@ impl Import {
         Box::new(sink).commit(&meta).map_err(not_written)?;
         let name = shown(&self.output.display().to_string());
         let (pages, data) = (size::bytes(layout.table.pages() * PAGE_BYTES), size::bytes(data * PAGE_BYTES));
-        writeln!(out, "{name}: {pages} of RAM in {} blocks, {data} of it data", layout.pieces.len())?;
+        writeln!(out, "{name}: {pages} of RAM in {}, {data} of it data", size::blocks(layout.pieces.len()))?;
         Ok(Answer::Yes)
     }
 

@@ -46,7 +46,7 @@ fn write_page(dir: &Path, command: Command) -> Result<(), Failure> {
 
 /// One page. The exit codes get the section that manual pages have for them.
 fn page(command: Command) -> io::Result<Vec<u8>> {
-    let subcommands = command.has_subcommands();
+    let (subcommands, version) = (command.has_subcommands(), command.get_version().is_some());
     let page = Page::new(command);
     let mut text = Vec::new();
     page.render_title(&mut text)?;
@@ -66,6 +66,8 @@ fn page(command: Command) -> io::Result<Vec<u8>> {
         exit.text([roman(meaning.trim_start())]);
     }
     exit.to_writer(&mut text)?;
-    page.render_version_section(&mut text)?;
+    if version {
+        page.render_version_section(&mut text)?;
+    }
     Ok(text)
 }

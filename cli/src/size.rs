@@ -41,6 +41,11 @@ pub(crate) fn bytes(bytes: u64) -> String {
     format!("{whole}.{tenth} {name}")
 }
 
+/// `1 block`, `2 blocks`.
+pub(crate) fn blocks(count: usize) -> String {
+    if count == 1 { "1 block".to_owned() } else { format!("{count} blocks") }
+}
+
 /// Bytes a second, for people.
 pub(crate) fn rate(bytes: u64, seconds: f64) -> String {
     let per_second = bytes as f64 / seconds.max(1e-9) / f64::from(1 << 20);

@@ -86,14 +86,14 @@ pub(super) struct Guest {
 }
 
 impl Guest {
-    pub(super) fn start(memory: &Arc<AnonymousRam>, threads: u16) -> Result<Self, Failure> {
+    pub(super) fn start(memory: &Arc<AnonymousRam>, threads: u16, pages: u64) -> Result<Self, Failure> {
         let state = AtomicU8::new(Phase::Before as u8);
         let shared = Arc::new(Shared { state, parked: Mutex::new(0), changed: Condvar::new() });
         let entered = Mutex::new(vec![(Phase::Before, Instant::now())]);
         let mut guest = Self { shared: Arc::clone(&shared), threads: Vec::new(), entered };
         for number in 1..=u64::from(threads) {
             let (memory, shared) = (Arc::clone(memory), Arc::clone(&shared));
-            let thread = thread::Builder::new().spawn(move || write(&memory, &shared, number));
+            let thread = thread::Builder::new().spawn(move || write(&memory, &shared, number, pages));
             guest.threads.push(thread.map_err(|source| Failure::io("a writer cannot be started", source))?);
         }
         Ok(guest)
@@ -151,8 +151,8 @@ impl Drop for Guest {
     }
 }
 
-/// One writer: counts up a word of a page, each time another page at random, until it is stopped.
-fn write(memory: &AnonymousRam, shared: &Shared, number: u64) -> Counts {
+/// One writer: counts up a word of a page, each time another one of the first `pages` at random, until it is stopped.
+fn write(memory: &AnonymousRam, shared: &Shared, number: u64, pages: u64) -> Counts {
     let words = memory.words();
     let mut counts = Counts::default();
     // xorshift64: any state but zero.
@@ -169,7 +169,7 @@ fn write(memory: &AnonymousRam, shared: &Shared, number: u64) -> Counts {
                 random ^= random << 13;
                 random ^= random >> 7;
                 random ^= random << 17;
-                let page = usize::try_from((random >> 16) % (words.len() / WORDS) as u64).unwrap_or(0);
+                let page = usize::try_from((random >> 16) % pages).unwrap_or(0);
                 if let Some(word) = words.get(page * WORDS + usize::try_from(random % WORDS as u64).unwrap_or(0)) {
                     word.fetch_add(1, Ordering::Relaxed);
                 }

@@ -192,7 +192,7 @@ impl Pair {
     }
 }
 
-/// CRC-32C of a page of zeros.
+/// CRC-32C of a page of zeros. (That of a page with other bytes may be the same: a test makes one.)
 const ZERO_CRC: u32 = 0x98f9_4189;
 
 fn checksum(chain: &Chain, page: PageId, origin: Origin) -> Option<u32> {
