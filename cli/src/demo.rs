@@ -91,7 +91,12 @@ impl Demo {
 
         let guest = Guest::start(&memory, self.threads, written_pages(&memory, self.fill))?;
         std::thread::sleep(Duration::from_millis(self.around));
-        let prepared = if self.no_arm_ahead { prepared } else { prepared.arm_ahead().map_err(refused)? };
+        let prepared = if self.no_arm_ahead {
+            prepared
+        } else {
+            guest.enter(Phase::Arming);
+            prepared.arm_ahead().map_err(refused)?
+        };
 
         let pausing = Instant::now();
         guest.pause();

@@ -14,14 +14,19 @@ use crate::outcome::Failure;
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
 #[repr(u8)]
 pub(super) enum Phase {
+    /// No snapshot.
     Before = 0,
-    During = 1,
-    After = 2,
+    /// Memory is being protected, ahead of the pause.
+    Arming = 1,
+    /// From the pause to the image committed.
+    During = 2,
+    /// No snapshot any more.
+    After = 3,
 }
 
 /// Codes beyond the phases.
-const PAUSED: u8 = 3;
-const STOPPED: u8 = 4;
+const PAUSED: u8 = 4;
+const STOPPED: u8 = 5;
 
 /// What counts as a stall: far longer than a write that finds its page.
 pub(super) const SLOW: Duration = Duration::from_micros(50);
@@ -29,7 +34,7 @@ pub(super) const SLOW: Duration = Duration::from_micros(50);
 /// What the writers counted, by phase.
 #[derive(Clone, Debug, Default)]
 pub(super) struct Counts {
-    pub(super) phases: [Counted; 3],
+    pub(super) phases: [Counted; 4],
 }
 
 /// In one phase.
@@ -81,15 +86,15 @@ impl Shared {
 pub(super) struct Guest {
     shared: Arc<Shared>,
     threads: Vec<JoinHandle<Counts>>,
-    /// When each phase began.
-    entered: Mutex<Vec<(Phase, Instant)>>,
+    /// When each phase began; `None`: a pause.
+    entered: Mutex<Vec<(Option<Phase>, Instant)>>,
 }
 
 impl Guest {
     pub(super) fn start(memory: &Arc<AnonymousRam>, threads: u16, pages: u64) -> Result<Self, Failure> {
         let state = AtomicU8::new(Phase::Before as u8);
         let shared = Arc::new(Shared { state, parked: Mutex::new(0), changed: Condvar::new() });
-        let entered = Mutex::new(vec![(Phase::Before, Instant::now())]);
+        let entered = Mutex::new(vec![(Some(Phase::Before), Instant::now())]);
         let mut guest = Self { shared: Arc::clone(&shared), threads: Vec::new(), entered };
         for number in 1..=u64::from(threads) {
             let (memory, shared) = (Arc::clone(memory), Arc::clone(&shared));
@@ -102,6 +107,7 @@ impl Guest {
     /// Returns when no thread writes any more.
     pub(super) fn pause(&self) {
         self.shared.set(PAUSED);
+        self.note(None);
         let mut parked = self.shared.lock();
         while *parked < self.threads.len() {
             parked = self.shared.changed.wait(parked).unwrap_or_else(PoisonError::into_inner);
@@ -114,6 +120,10 @@ impl Guest {
 
     pub(super) fn enter(&self, phase: Phase) {
         self.shared.set(phase as u8);
+        self.note(Some(phase));
+    }
+
+    fn note(&self, phase: Option<Phase>) {
         self.entered.lock().unwrap_or_else(PoisonError::into_inner).push((phase, Instant::now()));
     }
 
@@ -133,7 +143,7 @@ impl Guest {
         let entered = self.entered.lock().unwrap_or_else(PoisonError::into_inner);
         let ends = entered.iter().skip(1).map(|(_, at)| *at).chain([stopped]);
         for ((phase, began), ended) in entered.iter().zip(ends) {
-            if let Some(counted) = all.phases.get_mut(*phase as usize) {
+            if let Some(counted) = phase.and_then(|phase| all.phases.get_mut(phase as usize)) {
                 counted.time += ended.duration_since(*began);
             }
         }

@@ -23,17 +23,17 @@ pub(super) fn write(demo: &Demo, seen: &Seen, out: &mut Out) -> Result<(), Failu
     )?;
     writeln!(
         out,
-        "pause     {}, of which finding and protecting {} pages took {}",
+        "pause     {}, of which protecting took {}; {} pages belong to the snapshot",
         time(seen.pause),
-        counts.total,
-        time(report.arm)
+        time(report.arm),
+        counts.total
     )?;
     writeln!(
         out,
-        "captured  {} pages in {}, {} of them because a writer waited",
+        "captured  {} pages in {}, {} of them because a writer waited there or next to it",
         counts.released,
         time(report.capture),
-        counts.by_fault + counts.by_pause
+        counts.by_fault
     )?;
     writeln!(
         out,
@@ -54,7 +54,11 @@ pub(super) fn write(demo: &Demo, seen: &Seen, out: &mut Out) -> Result<(), Failu
     writeln!(out, "\nwhat the writers noticed")?;
     let stalls = format!(">stalls of {} and more", time(SLOW));
     let mut columns = Columns::new(["snapshot", ">time", ">writes a second", &stalls, ">longest write"]);
-    for (phase, counted) in ["before", "during", "after"].iter().zip(&seen.counts.phases) {
+    for (phase, counted) in ["before", "arming", "during", "after"].iter().zip(&seen.counts.phases) {
+        // Arming ahead can be left out.
+        if counted.time.is_zero() {
+            continue;
+        }
         columns.row([
             (*phase).to_owned(),
             time(counted.time),

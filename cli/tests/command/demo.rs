@@ -1,6 +1,6 @@
 //! `ramshot demo`.
 
-use super::support::{World, fails, json, run, yes};
+use super::support::{World, fails, json, run, skipped, yes};
 
 const QUICK: [&str; 7] = ["demo", "--mem", "32M", "--around", "50", "--fill", "50"];
 
@@ -11,7 +11,7 @@ fn a_live_snapshot_is_the_memory_at_t0() {
     for more in [&["--keep", "live"][..], &["--no-arm-ahead", "--threads", "1"], &["--keep", "live", "--replace"]] {
         let ran = run(dir, &[&QUICK, more].concat());
         if ran.code == 2 && (ran.err.contains("userfaultfd") || ran.err.contains("not on this system")) {
-            eprintln!("\n*** SKIPPED, the demo: {} ***", ran.err);
+            skipped(&format!("the demo: {}", ran.err));
             return;
         }
         assert_eq!((ran.code, ran.err.as_str()), (0, ""), "{ran:?}");

@@ -9,7 +9,9 @@ use ramshot::file::next_data;
 use ramshot::{AnonymousRam, GuestRam, Options, Pending};
 
 use super::forge::{self, Page};
-use super::support::{PAGE, World, block, fails, flip, installed, json, memory, run, snapshot, two_blocks, yes};
+use super::support::{
+    PAGE, World, block, fails, flip, installed, json, memory, run, skipped, snapshot, two_blocks, yes,
+};
 
 #[test]
 fn raw_is_the_memory_and_zero_is_a_hole() {
@@ -183,7 +185,7 @@ fn gdb_reads_guest_memory_by_address() {
 fn gdb_reads_the_counter_of_a_live_snapshot_as_it_was() {
     let world = World::new();
     let Ok(memory) = AnonymousRam::new(4 << 20) else {
-        eprintln!("SKIPPED: no live snapshot on this system");
+        skipped("no live snapshot on this system");
         return;
     };
     let memory = Arc::new(memory);
@@ -191,7 +193,7 @@ fn gdb_reads_the_counter_of_a_live_snapshot_as_it_was() {
     let prepared = match ramshot::prepare(&ram, world.path("live"), &Options::default()) {
         Ok(prepared) => prepared,
         Err(error) => {
-            eprintln!("SKIPPED, the live snapshot that gdb reads: {error}");
+            skipped(&format!("the live snapshot that gdb reads: {error}"));
             return;
         }
     };

@@ -29,7 +29,7 @@ fn a_pixel_is_a_page() {
     let rows = pixels(&world, "map.png");
     // 40 pages in lines of 16, a line of nothing, 24 pages.
     assert_eq!(rows.len(), 3 + 1 + 2);
-    let expected = |page: usize| if page % 4 == 0 { ZERO } else { DATA };
+    let expected = |page: usize| if page.is_multiple_of(4) { ZERO } else { DATA };
     for page in 0..40 {
         assert_eq!(rows[page / 16][page % 16], expected(page), "page {page}");
     }

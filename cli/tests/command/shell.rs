@@ -4,7 +4,7 @@ use std::fs::OpenOptions;
 use std::io::Write;
 use std::process::{Command, Stdio};
 
-use super::support::{Ran, World, command, fails, installed, yes};
+use super::support::{Ran, World, command, fails, installed, skipped, yes};
 
 const SUBCOMMANDS: [&str; 9] = ["inspect", "verify", "diff", "export", "import", "map", "demo", "completions", "man"];
 
@@ -62,7 +62,7 @@ fn closed_standard_error_is_survived_too() {
 fn a_full_output_is_an_error() {
     let world = World::new();
     let Ok(full) = OpenOptions::new().write(true).open("/dev/full") else {
-        eprintln!("SKIPPED: this system has no /dev/full");
+        skipped("this system has no /dev/full");
         return;
     };
     let output = command(world.dir.path(), &["inspect", "snap"]).stdout(full).stderr(Stdio::piped()).output().unwrap();

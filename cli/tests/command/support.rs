@@ -150,8 +150,12 @@ pub(crate) fn truncate(path: &Path, by: u64) {
 pub(crate) fn installed(program: &str) -> bool {
     let there = Command::new(program).arg("--version").output().is_ok_and(|output| output.status.success());
     if !there {
-        // Not captured by the test harness, so it is seen in every run.
-        let _ = writeln!(std::io::stderr(), "\n*** SKIPPED, a test of `ramshot`: {program} is not installed ***");
+        skipped(&format!("{program} is not installed"));
     }
     there
+}
+
+/// Says that (a part of) a test was skipped. Not by `eprintln`, which the test harness captures: this is seen in every run.
+pub(crate) fn skipped(why: &str) {
+    let _ = writeln!(std::io::stderr(), "\n*** SKIPPED, a test of the ramshot command: {why} ***");
 }
