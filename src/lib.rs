@@ -33,6 +33,7 @@
 //! - [`sim`]: a simulated VM with a kernel that has bad days, for tests.
 #![forbid(unsafe_code)]
 
+mod dirty;
 mod engine;
 pub mod file;
 mod options;
@@ -42,17 +43,18 @@ pub mod sim;
 pub mod sink;
 mod sync;
 
+pub use dirty::{DirtyError, DirtyTracking};
 pub use engine::{Handle, Live, Parts, Pending, Prepared, SetupFailed, SnapshotFailed, prepare_with};
 pub use file::SnapshotFile;
 pub use options::{OptionError, Options};
 pub use os::{
-    AnonymousRam, GuestRam, Missing, Probe, RamError, Region, RegionFile, TrackError, Tracker, TrackerOptions,
-    compatible, probe,
+    AnonymousRam, GuestRam, KvmDirtyLog, KvmSlot, Missing, Probe, RamError, Region, RegionFile, TrackError, Tracker,
+    TrackerOptions, compatible, probe,
 };
-pub use prepare::{PrepareError, prepare};
+pub use prepare::{PrepareError, prepare, prepare_increment};
 pub use ramshot_core as core;
-pub use ramshot_core::{Cause, GuestAddr, HostAddr, Treatment, WhenFull};
-pub use report::{Latencies, Progress, Report};
+pub use ramshot_core::{Cause, DirtyLog, GuestAddr, HostAddr, Treatment, WhenFull};
+pub use report::{Drafts, Latencies, Progress, Report};
 pub use sink::ImageSink;
 
 /// The README's example compiles.

@@ -1,6 +1,10 @@
 //! What an embedder can choose.
 
+use std::sync::Arc;
+
 use ramshot_core::{MAX_SLOTS_PER_CLAIM, PAGE_SIZE, WhenFull};
+
+use crate::dirty::DirtyTracking;
 
 /// Settings of one snapshot. `Options::default()` is right for most.
 #[derive(Clone, Debug)]
@@ -20,6 +24,8 @@ pub struct Options {
     pub around_max: u64,
     /// Fewest bytes that are copied for a fault, if its neighbours are pending too. Default 64 KiB.
     pub around_min: u64,
+    /// Follows what is written, so that an increment can build on this snapshot, and for pre-copy. Default none.
+    pub dirty: Option<Arc<DirtyTracking>>,
     /// Whether an existing snapshot file of that name is replaced (at the commit, atomically). Default no: it is an
     /// error.
     pub replace: bool,
@@ -40,6 +46,7 @@ impl Default for Options {
             when_full: WhenFull::Stall,
             around_max: 2 << 20,
             around_min: 64 << 10,
+            dirty: None,
             replace: false,
             sync: true,
             direct: true,

@@ -3,6 +3,7 @@
 use std::path::Path;
 use std::sync::Arc;
 
+use crate::dirty::DirtyError;
 use crate::engine::{Parts, Prepared, SetupFailed, prepare_with};
 use crate::file::{CreateError, FileSink, FileSinkOptions};
 use crate::options::Options;
@@ -18,6 +19,9 @@ pub enum PrepareError {
     /// The snapshot file cannot be created.
     #[error(transparent)]
     Create(#[from] CreateError),
+    /// The increment has nothing to build on.
+    #[error("no increment: {0}")]
+    Dirty(#[from] DirtyError),
     /// Options or resources.
     #[error(transparent)]
     Setup(#[from] SetupFailed),
@@ -31,14 +35,37 @@ pub enum PrepareError {
 /// or cannot be written; another snapshot is being written to it; a setting is out of range.
 pub fn prepare(ram: &Arc<GuestRam>, path: impl AsRef<Path>, options: &Options) -> Result<Prepared, PrepareError> {
     options.check().map_err(SetupFailed::from)?;
-    let file = FileSinkOptions { replace: options.replace, sync: options.sync, direct: options.direct };
-    let sink = Box::new(FileSink::create(path.as_ref(), ram.table(), &file)?);
+    let sink = FileSink::create(path.as_ref(), ram.table(), &file_options(options))?;
+    with_sink(ram, sink, options)
+}
+
+/// Prepares an increment: a snapshot that holds what was written since the last one committed with the same
+/// [`Options::dirty`], which must be given. Begin it with [`Pending::Dirty`](crate::Pending::Dirty).
+///
+/// # Errors
+/// As [`prepare`]; there is no snapshot to build on.
+pub fn prepare_increment(
+    ram: &Arc<GuestRam>,
+    path: impl AsRef<Path>,
+    options: &Options,
+) -> Result<Prepared, PrepareError> {
+    options.check().map_err(SetupFailed::from)?;
+    let base = options.dirty.as_ref().and_then(|dirty| dirty.base()).ok_or(DirtyError::NoBase)?;
+    let sink = FileSink::create_child(path.as_ref(), ram.table(), &file_options(options), base)?;
+    with_sink(ram, sink, options)
+}
+
+fn file_options(options: &Options) -> FileSinkOptions {
+    FileSinkOptions { replace: options.replace, sync: options.sync, direct: options.direct }
+}
+
+fn with_sink(ram: &Arc<GuestRam>, sink: FileSink, options: &Options) -> Result<Prepared, PrepareError> {
     let tracker = Tracker::open(Arc::clone(ram), &TrackerOptions::default())?;
     let parts = Parts {
         tracker: Arc::new(tracker),
         ram: Arc::clone(ram) as Arc<dyn ramshot_core::RamSource>,
         table: Arc::clone(ram.table()),
-        sink,
+        sink: Box::new(sink),
     };
     Ok(prepare_with(parts, options)?)
 }

@@ -23,6 +23,15 @@ pub struct Progress {
     pub ended: bool,
 }
 
+/// What pre-copy did before T0.
+#[derive(Clone, Copy, PartialEq, Eq, Debug, Default)]
+pub struct Drafts {
+    /// How often pages were copied while the guest ran; 0 without pre-copy.
+    pub passes: u32,
+    /// Pages copied, all drafts together.
+    pub pages: u64,
+}
+
 /// A finished snapshot, in figures.
 #[derive(Clone, Debug)]
 pub struct Report {
@@ -36,6 +45,8 @@ pub struct Report {
     pub total: Duration,
     /// Pages and faults.
     pub counts: Counts,
+    /// What was copied before T0 (pre-copy).
+    pub drafts: Drafts,
     /// Pages captured that were all zeros.
     pub pages_zero: u64,
     /// Size of the image and what was written of it.

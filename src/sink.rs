@@ -2,6 +2,8 @@
 
 use ramshot_core::PageId;
 
+use crate::file::{PageState, ParentRef};
+
 /// What is known of one captured page: zero, or data with its CRC-32C.
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
 pub enum PageDigest {
@@ -44,7 +46,8 @@ pub struct ImageMeta {
 /// Receives the pages of one image. Shared by the writer threads.
 ///
 /// # Contract
-/// Every page of the layout that is never given to [`write`](Self::write) is zero. No page is given twice.
+/// Every page of the layout that is never given to [`write`](Self::write) is what [`omitted`](Self::omitted) says. No page
+/// is given twice, unless [`again`](Self::again) was called in between.
 /// Exactly one of [`commit`](Self::commit) and [`abort`](Self::abort) ends it; dropping it is aborting.
 pub trait ImageSink: Send + Sync {
     /// Takes pages; may block on I/O, is never called between claim and release.
@@ -52,6 +55,23 @@ pub trait ImageSink: Send + Sync {
     /// # Errors
     /// The snapshot ends with the first error.
     fn write(&self, pieces: &[Piece<'_>]) -> Result<(), SinkError>;
+
+    /// What a page is that is never given: zero, or in the parent if this is an increment. Asked once, at the beginning.
+    fn omitted(&self) -> PageState {
+        PageState::Zero
+    }
+
+    /// What was given so far is a draft (pre-copy): from here on any page may be given once more, also a zero one, and what
+    /// is given later counts. Called while no write is under way.
+    ///
+    /// # Errors
+    /// This sink takes no drafts.
+    fn again(&self) -> Result<(), SinkError> {
+        Err(SinkError {
+            what: "this image cannot be made by pre-copy: its sink takes no page twice".to_owned(),
+            source: std::io::ErrorKind::Unsupported.into(),
+        })
+    }
 
     /// Makes the image durable, then visible. Returns its size in bytes.
     ///
@@ -70,6 +90,8 @@ pub struct Committed {
     pub image_bytes: u64,
     /// Bytes that were written (pages and trailer; zero pages cost none).
     pub written_bytes: u64,
+    /// How an increment names it; `None` if none can build on it.
+    pub snapshot: Option<ParentRef>,
 }
 
 /// Why an image could not be written: a sentence, with the cause.

@@ -65,6 +65,30 @@ impl<W: AsRef<[u64]> + AsMut<[u64]>> PageBitmap<W> {
         self.change(run, false);
     }
 
+    /// Clears every bit.
+    pub fn clear(&mut self) {
+        let mut from = 0;
+        while let Some(index) = self.next_word(from) {
+            self.change_word(index, u64::MAX, false);
+            from = index + 1;
+        }
+    }
+
+    /// Sets every bit that is set in `other`.
+    pub fn insert_all(&mut self, other: &Self) {
+        self.change_all(other, None, true);
+    }
+
+    /// Sets every bit that is set in `other` and not in `except`.
+    pub fn insert_all_but(&mut self, other: &Self, except: &Self) {
+        self.change_all(other, Some(except), true);
+    }
+
+    /// Clears every bit that is set in `other` and not in `except`.
+    pub fn remove_all_but(&mut self, other: &Self, except: &Self) {
+        self.change_all(other, Some(except), false);
+    }
+
     /// The first page at or after `from` whose bit is set.
     pub fn next_set(&self, from: PageId) -> Option<PageId> {
         if from.0 >= self.pages {
@@ -124,6 +148,24 @@ impl<W: AsRef<[u64]> + AsMut<[u64]>> PageBitmap<W> {
             self.change_word(index, mask, set);
             at = upto;
         }
+    }
+
+    fn change_all(&mut self, other: &Self, except: Option<&Self>, set: bool) {
+        let mut from = 0;
+        while let Some(index) = other.next_word(from) {
+            let inside = self.pages.saturating_sub(index.saturating_mul(BITS)).min(BITS);
+            if inside == 0 {
+                return;
+            }
+            let mask = other.word(index) & !except.map_or(0, |e| e.bits_of(index)) & (u64::MAX >> (BITS - inside));
+            self.change_word(index, mask, set);
+            from = index + 1;
+        }
+    }
+
+    /// The bits of the pages of word `index`; none beyond the end, where the summary lies.
+    fn bits_of(&self, index: u64) -> u64 {
+        if index < self.pages.div_ceil(BITS) { self.word(index) } else { 0 }
     }
 
     fn change_word(&mut self, index: u64, mask: u64, set: bool) {
@@ -205,6 +247,38 @@ mod tests {
     }
 
     proptest! {
+        #[test]
+        fn whole_bitmaps_are_combined(
+            (pages, others) in (1u64..300, 1u64..300),
+            sets in prop::collection::vec(prop::collection::vec((0u64..320, 0u64..90), 0..6), 3),
+        ) {
+            let filled = |pages: u64, runs: &[(u64, u64)]| {
+                let mut map = bitmap(pages);
+                runs.iter().for_each(|&(first, count)| map.insert(Run::new(PageId(first), count)));
+                map
+            };
+            let (map, other, except) = (filled(pages, &sets[0]), filled(others, &sets[1]), filled(others, &sets[2]));
+            let check = |after: PageBitmap<Vec<u64>>, expected: &dyn Fn(PageId) -> bool| {
+                let wrong = (0..pages).map(PageId).find(|&page| after.contains(page) != expected(page));
+                prop_assert_eq!(wrong, None);
+                prop_assert_eq!(after.count(), (0..pages).filter(|&page| after.contains(PageId(page))).count() as u64);
+                prop_assert_eq!(after.next_set(PageId(0)), (0..pages).map(PageId).find(|&page| after.contains(page)));
+                Ok(())
+            };
+            let mut all = map.clone();
+            all.insert_all(&other);
+            check(all, &|page| map.contains(page) || other.contains(page))?;
+            let mut but = map.clone();
+            but.insert_all_but(&other, &except);
+            check(but, &|page| map.contains(page) || other.contains(page) && !except.contains(page))?;
+            let mut removed = map.clone();
+            removed.remove_all_but(&other, &except);
+            check(removed, &|page| map.contains(page) && (!other.contains(page) || except.contains(page)))?;
+            let mut cleared = map.clone();
+            cleared.clear();
+            check(cleared, &|_| false)?;
+        }
+
         // Against a Vec<bool>: every query after every change.
         #[test]
         fn behaves_like_a_vector_of_bools(

@@ -278,6 +278,16 @@ impl BlockTable {
         }
     }
 
+    /// The same blocks, none of them protected: for a draft, which is copied while the guest writes on.
+    #[must_use]
+    pub fn unprotected(&self) -> Self {
+        let mut table = self.clone();
+        for block in table.blocks.iter_mut().filter(|block| block.treatment == Treatment::Tracked) {
+            block.treatment = Treatment::ReadOnly;
+        }
+        table
+    }
+
     /// The granule of a block, in pages.
     #[must_use]
     pub fn granule_pages(&self, index: BlockIndex) -> u64 {

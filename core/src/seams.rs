@@ -134,6 +134,17 @@ pub trait WriteTracker: Send + Sync {
     fn disarm(&self) -> Result<(), OsError>;
 }
 
+/// Knows which memory was written: KVM's dirty log, the VMM's own bitmap. Several are combined.
+pub trait DirtyLog: Send + Sync {
+    /// Calls `each` for every range that was written since the last call, and starts afresh. What is written while it
+    /// runs is reported now or by the next call. More than was written may be reported, less never. Ranges in no RAM block
+    /// are passed over.
+    ///
+    /// # Errors
+    /// What the system answered. What was not reported yet must be by a later call.
+    fn take(&self, each: &mut dyn FnMut(HostRange)) -> Result<(), OsError>;
+}
+
 /// A way to read guest RAM: a pointer in this process, a second mapping, another process's memory.
 pub trait RamSource: Send + Sync {
     /// Copies `into.len()` bytes from host address `from`.

@@ -6,8 +6,9 @@
 //! - [`probe`], [`compatible`]: what this system offers and whether each block can be tracked, asked beforehand.
 //! - [`storage`]: file access at offsets.
 //!
-//! All unsafe code of the project's library part stands in this crate: in `uffd` (ioctls), `ram` and `anonymous`
-//! (guest memory by pointer), `populated` (PAGEMAP_SCAN), `event` (descriptors in messages), `storage` (statx) and `priority`.
+//! All unsafe code of the project's library part stands in this crate: in `uffd` (ioctls), `ram` and `anonymous` (guest
+//! memory by pointer), `populated` (PAGEMAP_SCAN), `event` (descriptors in messages), `storage` (statx), `dirty` (KVM's log)
+//! and `priority`.
 //!
 //! ```
 //! # use std::sync::Arc;
@@ -45,6 +46,7 @@
 
 mod anonymous;
 mod backing;
+mod dirty;
 mod error;
 mod event;
 #[cfg(feature = "vm-memory")]
@@ -62,6 +64,7 @@ mod uapi;
 mod uffd;
 
 pub use anonymous::AnonymousRam;
+pub use dirty::{KvmDirtyLog, KvmSlot};
 pub use error::{Missing, RamError, TrackError};
 pub use probe::{Probe, compatible, probe};
 pub use ram::{GuestRam, Region, RegionFile};

@@ -5,7 +5,7 @@
 //! so neither a mistyped part nor a structure of the wrong size gets past the compiler.
 #![allow(dead_code)] // Some definitions wait for lazy restore.
 
-use nix::{request_code_none, request_code_read, request_code_readwrite};
+use nix::{request_code_none, request_code_read, request_code_readwrite, request_code_write};
 
 /// The only version of the userfaultfd API.
 pub(crate) const UFFD_API: u64 = 0xAA;
@@ -185,6 +185,15 @@ pub(crate) struct PmScanArg {
     pub(crate) return_mask: u64,
 }
 
+/// `struct kvm_dirty_log` (linux/kvm.h)
+#[repr(C)]
+#[derive(Debug, Default)]
+pub(crate) struct KvmDirtyLogArg {
+    pub(crate) slot: u32,
+    pub(crate) padding: u32,
+    pub(crate) bitmap: u64,
+}
+
 // Entries of /proc/*/pagemap.
 pub(crate) const PAGEMAP_PRESENT: u64 = 1 << 63;
 pub(crate) const PAGEMAP_SWAPPED: u64 = 1 << 62;
@@ -212,6 +221,7 @@ nix::ioctl_readwrite!(ioctl_move, UFFDIO, NR_MOVE, UffdioMove);
 nix::ioctl_readwrite!(ioctl_continue, UFFDIO, NR_CONTINUE, UffdioContinue);
 nix::ioctl_readwrite!(ioctl_poison, UFFDIO, NR_POISON, UffdioPoison);
 nix::ioctl_readwrite!(ioctl_pagemap_scan, b'f', 16, PmScanArg);
+nix::ioctl_write_ptr!(ioctl_get_dirty_log, 0xAE, 0x42, KvmDirtyLogArg);
 
 const _: () = {
     assert!(size_of::<UffdioApi>() == 24);
@@ -223,6 +233,7 @@ const _: () = {
     assert!(size_of::<UffdMsg>() == 32);
     assert!(size_of::<PageRegion>() == 24);
     assert!(size_of::<PmScanArg>() == 96);
+    assert!(size_of::<KvmDirtyLogArg>() == 16);
 };
 
 // The literals below are those of the generic ioctl encoding (x86, arm, riscv, s390, loongarch). mips, powerpc and
@@ -240,6 +251,7 @@ const _: () = {
         assert!(request_code_readwrite!(UFFDIO, NR_WRITEPROTECT, size_of::<UffdioWriteprotect>()) == 0xc018_aa06);
         assert!(request_code_readwrite!(UFFDIO, NR_CONTINUE, size_of::<UffdioContinue>()) == 0xc020_aa07);
         assert!(request_code_readwrite!(UFFDIO, NR_POISON, size_of::<UffdioPoison>()) == 0xc020_aa08);
+        assert!(request_code_write!(0xAE, 0x42, size_of::<KvmDirtyLogArg>()) == 0x4010_ae42);
         assert!(request_code_readwrite!(b'f', 16, size_of::<PmScanArg>()) == 0xc060_6610);
     }
 };

@@ -25,6 +25,7 @@
 #![forbid(unsafe_code)]
 
 mod anonymous;
+mod dirty;
 mod error;
 pub mod priority;
 mod probe;
@@ -33,6 +34,7 @@ pub mod storage;
 mod tracker;
 
 pub use anonymous::AnonymousRam;
+pub use dirty::{KvmDirtyLog, KvmSlot};
 pub use error::{Missing, RamError, TrackError};
 pub use probe::{Probe, compatible, probe};
 pub use ram::{GuestRam, Region, RegionFile};

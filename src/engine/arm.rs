@@ -1,9 +1,12 @@
 //! Arming: ahead of T0 while the guest runs, and at T0.
 
-use ramshot_core::{ArmAhead, BlockTable, Cause, HostAddr, HostRange, PAGE_SIZE, PageBitmap, PageId, Treatment};
+use ramshot_core::{
+    ArmAhead, BlockIndex, BlockTable, Cause, HostAddr, HostRange, PAGE_SIZE, PageBitmap, PageId, RamBlock, Treatment,
+};
 
 use super::shared::Shared;
 use super::{HUGE_PAGE, zeroed};
+use crate::dirty::{AtT0, DirtyUse, bitmap};
 use crate::sync::Arc;
 
 pub(crate) type Ahead = ArmAhead<Arc<BlockTable>, Vec<u64>>;
@@ -55,19 +58,28 @@ pub(crate) fn ahead(shared: &Shared) -> Result<(), Cause> {
     Ok(())
 }
 
+/// Finds what is there, while the guest runs, and protects nothing: what an increment needs to know at T0.
+pub(crate) fn look(shared: &Shared) -> Result<(), Cause> {
+    for block in shared.table.blocks().iter().filter(|block| block.treatment != Treatment::Ignored) {
+        let mut ranges: Vec<HostRange> = Vec::new();
+        shared.tracker.populated(block.used_range(), &mut |range| ranges.push(range)).map_err(Cause::Arm)?;
+        let mut state = shared.lock();
+        if let Some(ahead) = &mut state.ahead {
+            ranges.into_iter().for_each(|range| ahead.protecting(range));
+        }
+    }
+    Ok(())
+}
+
 /// Makes everything that is there pending and protected. Nobody writes and nobody lifts protection meanwhile.
 pub(crate) fn at_t0(shared: &Shared, mut ahead: Ahead) -> Result<Armed, Cause> {
     let table = &shared.table;
     let protect = |range: HostRange| shared.tracker.protect(range).map_err(Cause::Arm);
     for (index, block) in table.iter().filter(|(_, block)| block.treatment != Treatment::Ignored) {
-        let mut ranges: Vec<HostRange> = Vec::new();
-        for stretch in stretches(table, &ahead, index) {
-            shared.tracker.populated(stretch, &mut |range| ranges.push(range)).map_err(Cause::Arm)?;
-        }
+        let ranges = find(shared, &mut ahead, index)?;
         if block.treatment == Treatment::Tracked {
             merged(ranges.iter().copied()).try_for_each(protect)?;
         }
-        ranges.iter().for_each(|&range| ahead.found(range));
         log::trace!(
             target: "ramshot::snapshot",
             "armed {}: page size {}, host {}, {} ranges", block.name, block.page_size, block.mapping(), ranges.len()
@@ -83,8 +95,49 @@ pub(crate) fn at_t0(shared: &Shared, mut ahead: Ahead) -> Result<Armed, Cause> {
     Ok(ahead.into_pending())
 }
 
+/// Makes pending and protects what the image does not have: the base of an increment, or the drafts (`drafted`).
+pub(crate) fn dirty_at_t0(shared: &Shared, mut ahead: Ahead, dirty: &DirtyUse, drafted: bool) -> Result<AtT0, Cause> {
+    let table = &shared.table;
+    for (index, _) in table.iter().filter(|(_, block)| block.treatment != Treatment::Ignored) {
+        find(shared, &mut ahead, index)?;
+    }
+    let (there, _) = ahead.into_pending();
+    let mut pending = bitmap(table).map_err(Cause::Arm)?;
+    dirty.pages(|pages| pages.begin(table, &there, drafted, &mut pending));
+    for (index, block) in table.iter().filter(|(_, block)| block.treatment == Treatment::Tracked) {
+        let whole = table.block_run(index);
+        let mut from = whole.first;
+        let runs = std::iter::from_fn(|| {
+            let page = pending.next_set(from).filter(|&page| whole.contains(page))?;
+            let run = pending.run_around(page, whole)?;
+            from = run.end();
+            table.host_range(run).map(|range| whole_host_pages(range, block))
+        });
+        merged(runs).try_for_each(|range| shared.tracker.protect(range).map_err(Cause::Arm))?;
+    }
+    log::trace!(target: "ramshot::snapshot", "armed {} dirty pages", pending.count());
+    Ok(AtT0 { pending, there, all: false })
+}
+
+/// The kernel protects no less.
+fn whole_host_pages(range: HostRange, block: &RamBlock) -> HostRange {
+    let unit = block.page_size;
+    let start = range.start.0 & !(unit - 1);
+    HostRange::new(HostAddr(start), (range.end().0 - start).next_multiple_of(unit))
+}
+
+/// Looks at what was not there before, and notes what is there now.
+fn find(shared: &Shared, ahead: &mut Ahead, index: BlockIndex) -> Result<Vec<HostRange>, Cause> {
+    let mut ranges: Vec<HostRange> = Vec::new();
+    for stretch in stretches(&shared.table, ahead, index) {
+        shared.tracker.populated(stretch, &mut |range| ranges.push(range)).map_err(Cause::Arm)?;
+    }
+    ranges.iter().for_each(|&range| ahead.found(range));
+    Ok(ranges)
+}
+
 /// The parts of a block that have to be looked at.
-fn stretches(table: &BlockTable, ahead: &Ahead, index: ramshot_core::BlockIndex) -> Vec<HostRange> {
+fn stretches(table: &BlockTable, ahead: &Ahead, index: BlockIndex) -> Vec<HostRange> {
     let block = table.block_run(index);
     let mut from = block.first;
     let mut stretches = Vec::new();

@@ -2,10 +2,13 @@
 //! [`prepare_with`] → [`Prepared`] → [`Prepared::begin`] → [`Live`] → [`Live::finish`].
 
 mod arm;
+mod draft;
 mod pool;
 mod shared;
 #[cfg(all(test, not(ramshot_shuttle)))]
 mod tests;
+#[cfg(test)]
+mod tests_dirty;
 #[cfg(all(test, ramshot_shuttle))]
 mod tests_shuttle;
 #[cfg(test)]
@@ -15,13 +18,15 @@ mod threads;
 use std::time::{Duration, Instant};
 
 use ramshot_core::{
-    BlockTable, Cause, Discard, GuestAddr, HostRange, Limits, Next, OsError, PAGE_SIZE, PageBitmap, RamSource,
-    SetupError, Treatment, Worker, WriteTracker,
+    BlockTable, Cause, DirtyPages, Discard, GuestAddr, HostRange, Limits, Next, OsError, PAGE_SIZE, PageBitmap,
+    RamSource, SetupError, Treatment, Worker, WriteTracker,
 };
 
 use self::shared::{Core, Shared};
+use crate::dirty::{AtT0, DirtyError};
+use crate::file::PageState;
 use crate::options::{OptionError, Options};
-use crate::report::{Progress, Report};
+use crate::report::{Drafts, Progress, Report};
 use crate::sink::{ImageMeta, ImageSink, SinkError};
 use crate::sync::{Arc, thread};
 
@@ -56,6 +61,9 @@ pub enum SetupFailed {
         /// What is wrong.
         source: SetupError,
     },
+    /// There is nothing to build on, or the tracking is not to be had.
+    #[error("no increment: {0}")]
+    Dirty(#[from] DirtyError),
     /// A thread could not be started.
     #[error("a snapshot thread could not be started")]
     Thread(#[source] std::io::Error),
@@ -75,6 +83,14 @@ pub enum SnapshotFailed {
         #[source]
         sink: Option<SinkError>,
     },
+    /// `begin` was given pages that do not go with how the snapshot was prepared. Nothing was protected.
+    #[error("no snapshot: begun with {given:?}, but it was {prepared}")]
+    Pending {
+        /// What was given.
+        given: Pending,
+        /// What it was prepared as.
+        prepared: &'static str,
+    },
     /// Every page was captured and written, but the image could not be committed.
     #[error("no snapshot: the image could not be committed")]
     Commit(#[source] SinkError),
@@ -87,6 +103,9 @@ pub enum Pending {
     /// All of RAM: a full snapshot. Memory that was never touched is zero and costs nothing.
     #[default]
     All,
+    /// What was written since the base (an increment, from [`prepare_increment`](crate::prepare_increment)), or since the
+    /// last draft (after [`Prepared::precopy`]).
+    Dirty,
 }
 
 /// Everything that can fail or wait is done: threads run, the pool is there, the target is open. Nothing is protected.
@@ -98,6 +117,9 @@ pub struct Prepared {
     slot_words: Vec<u64>,
     slots: u16,
     limits: Limits,
+    /// The image builds on another.
+    increment: bool,
+    drafts: Drafts,
 }
 
 /// A snapshot under way. T0 has passed: the VM may run.
@@ -110,6 +132,9 @@ pub struct Live {
     begin: Duration,
     arm: Duration,
     device_state: Vec<u8>,
+    drafts: Drafts,
+    /// With dirty tracking.
+    at_t0: Option<AtT0>,
 }
 
 /// A handle on a live snapshot for other threads of the VMM: progress, cancel, discards.
@@ -146,7 +171,13 @@ fn prepare_sized(parts: Parts, options: &Options, slots: u16, limits: Limits) ->
     try_core(&table, slots, slot_words.clone(), limits)
         .map_err(|source| SetupFailed::Pool { pool_bytes: options.pool_bytes, source })?;
 
-    let shared = Arc::new(Shared::new(tracker, ram, table, slots, limits.slot_pages));
+    let increment = sink.omitted() == PageState::InParent;
+    let dirty = options.dirty.as_ref().map(|dirty| dirty.claim(&table)).transpose()?;
+    if increment && dirty.is_none() {
+        return Err(SetupFailed::Dirty(DirtyError::NoBase));
+    }
+    let shared = Arc::new(Shared::new(tracker, ram, table, slots, limits.slot_pages, dirty));
+    shared.lock().give_zeros = increment;
     let mut running = Running { shared: Arc::clone(&shared), threads: Vec::new(), sink: Some(Arc::new(sink)) };
     running.spawn("ramshot-faults", |shared, _| threads::serve_faults(shared))?;
     for _ in 0..options.workers {
@@ -156,7 +187,7 @@ fn prepare_sized(parts: Parts, options: &Options, slots: u16, limits: Limits) ->
         running.spawn("ramshot-write", threads::write)?;
     }
     log::debug!(target: "ramshot::snapshot", "prepared: {slots} slots of {} pages", limits.slot_pages);
-    Ok(Prepared { running, slot_words, slots, limits })
+    Ok(Prepared { running, slot_words, slots, limits, increment, drafts: Drafts::default() })
 }
 
 /// The granules: memory that is mapped by transparent huge pages, most of it, is captured in those.
@@ -187,6 +218,9 @@ impl Prepared {
     /// Protects memory ahead of T0, while the guest runs, so that the pause depends on what the guest writes meanwhile
     /// and not on its size. Call it right before the VM is paused, or not at all.
     ///
+    /// For an increment, and after pre-copy, nothing is protected ahead; what is there is found, so that the pause depends on
+    /// what was written only.
+    ///
     /// Worth it for memory that is mapped by 4 KiB pages (protecting that takes 15 to 20 ms per GiB); what is mapped by
     /// huge pages is left to [`begin`](Self::begin), where it takes 0.1 to 0.2 ms per GiB. Until `begin`, the first write
     /// to each 2 MiB costs the guest one fault.
@@ -194,7 +228,11 @@ impl Prepared {
     /// # Errors
     /// Memory could not be protected. Everything is undone.
     pub fn arm_ahead(self) -> Result<Self, SnapshotFailed> {
-        match arm::ahead(&self.running.shared) {
+        let shared = &self.running.shared;
+        // Read now, they have little to say at T0.
+        let logs = shared.dirty.as_ref().map_or(Ok(()), |dirty| dirty.read_logs().map_err(Cause::Arm));
+        let arm = if self.takes_dirty() { arm::look } else { arm::ahead };
+        match logs.and_then(|()| arm(shared)) {
             Ok(()) => Ok(self),
             Err(cause) => {
                 self.running.shared.end(cause);
@@ -212,20 +250,43 @@ impl Prepared {
     /// Memory could not be protected. Everything is undone.
     pub fn begin(self, pending: Pending, device_state: Vec<u8>) -> Result<Live, SnapshotFailed> {
         let begun = Instant::now();
-        let Pending::All = pending;
-        let Self { running, slot_words, slots, limits } = self;
+        let takes_dirty = self.takes_dirty();
+        if takes_dirty != (pending == Pending::Dirty) {
+            let prepared = match (self.increment, self.drafts.passes > 0) {
+                (true, _) => "prepared as an increment",
+                (false, true) => "copied ahead by precopy",
+                (false, false) => "prepared as a full snapshot",
+            };
+            return Err(SnapshotFailed::Pending { given: pending, prepared });
+        }
+        let Self { running, slot_words, slots, limits, drafts, .. } = self;
         let shared = Arc::clone(&running.shared);
         // Both unreachable: prepare has tried the same.
         let impossible = || Cause::Arm(OsError::new("setting up core", 0));
         let armed = shared.close_ahead().ok_or_else(impossible).and_then(|ahead| {
-            let (pending, hot) = arm::at_t0(&shared, ahead)?;
+            // Nobody writes any more: what they say now is what was written before T0.
+            let dirty = shared.dirty.as_ref();
+            dirty.map_or(Ok(()), |dirty| dirty.read_logs().map_err(Cause::Arm))?;
+            let (pending, hot, at_t0) = match dirty {
+                Some(dirty) if takes_dirty => {
+                    let at_t0 = arm::dirty_at_t0(&shared, ahead, dirty, drafts.passes > 0)?;
+                    (at_t0.pending.clone(), None, Some(at_t0))
+                }
+                _ => {
+                    let (pending, hot) = arm::at_t0(&shared, ahead)?;
+                    dirty.into_iter().for_each(|dirty| dirty.pages(DirtyPages::begin_full));
+                    let both = || AtT0 { pending: pending.clone(), there: pending.clone(), all: true };
+                    let at_t0 = dirty.map(|_| both());
+                    (pending, Some(hot), at_t0)
+                }
+            };
             let table = Arc::clone(&shared.table);
             let mut core = Core::new(table, pending, slots, slot_words, limits).map_err(|_| impossible())?;
-            core.scan_first(hot);
-            Ok(core)
+            hot.into_iter().for_each(|hot| core.scan_first(hot));
+            Ok((core, at_t0))
         });
-        let core = match armed {
-            Ok(core) => core,
+        let (core, at_t0) = match armed {
+            Ok(armed) => armed,
             Err(cause) => {
                 shared.end(cause);
                 return Err(running.fail());
@@ -237,7 +298,7 @@ impl Prepared {
             state.go_live(core);
             shared.announce_end(&mut state);
         }
-        let live = Live { running, begun, begin: Duration::ZERO, arm, device_state };
+        let live = Live { running, begun, begin: Duration::ZERO, arm, device_state, drafts, at_t0 };
         shared.capture_in_pause();
         if shared.lock().cause().is_some() {
             return Err(live.running.fail());
@@ -246,6 +307,13 @@ impl Prepared {
         let begin = begun.elapsed();
         log::debug!(target: "ramshot::snapshot", "T0: armed in {arm:?}, begin took {begin:?}");
         Ok(Live { begin, ..live })
+    }
+}
+
+impl Prepared {
+    /// Whether only what was written belongs to it.
+    const fn takes_dirty(&self) -> bool {
+        self.increment || self.drafts.passes > 0
     }
 }
 
@@ -299,7 +367,7 @@ impl Live {
     /// # Errors
     /// There is no image, for the reason given, and nothing is left behind.
     pub fn finish(self) -> Result<Report, SnapshotFailed> {
-        let Self { mut running, begun, begin, arm, device_state } = self;
+        let Self { mut running, begun, begin, arm, device_state, drafts, at_t0 } = self;
         let shared = Arc::clone(&running.shared);
         let mut state = shared.lock();
         while !state.is_written() && state.cause().is_none() {
@@ -333,12 +401,16 @@ impl Live {
         };
         let image = sink.commit(&meta).map_err(SnapshotFailed::Commit)?;
         log::debug!(target: "ramshot::snapshot", "committed {} bytes", image.image_bytes);
+        if let (Some(dirty), Some(at_t0)) = (&shared.dirty, &at_t0) {
+            dirty.committed(at_t0, image.snapshot);
+        }
         Ok(Report {
             begin,
             arm,
             capture,
             total: begun.elapsed(),
             counts,
+            drafts,
             pages_zero,
             image,
             fault_service,
@@ -456,6 +528,16 @@ impl Running {
             let _ = thread.join();
         }
         self.shared.disarm();
+    }
+
+    /// What was given so far is a draft. The error is kept.
+    fn again(&self) -> Result<(), ()> {
+        let Some(sink) = &self.sink else { return Err(()) };
+        let mut state = self.shared.lock();
+        state.give_zeros = true;
+        sink.again().map_err(|error| {
+            state.sink_error.get_or_insert(error);
+        })
     }
 
     /// The sink, once the threads are gone.

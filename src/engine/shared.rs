@@ -15,6 +15,7 @@ use ramshot_core::{
 
 use super::arm::{self, Ahead};
 use super::pool::{Buffers, Job, Pool, queue};
+use crate::dirty::DirtyUse;
 use crate::report::Latencies;
 use crate::sink::SinkError;
 use crate::sync::{Arc, Condvar, Mutex, MutexGuard, lock, wait};
@@ -58,6 +59,8 @@ pub(crate) struct State {
     pub(crate) early_losses: Vec<Event>,
     /// The fault thread has something to serve and no room for it: it wants to be interrupted when there is some.
     pub(crate) faults_starve: bool,
+    /// Zero pages have to be said: what is not given is not zero in this image.
+    pub(crate) give_zeros: bool,
     /// An end that came before core was there.
     early_cause: Option<Cause>,
     end_announced: bool,
@@ -99,7 +102,8 @@ impl State {
 
     /// Whether there is nothing more to capture, for good or ill.
     pub(crate) fn is_over(&self) -> bool {
-        self.stop || self.cause().is_some() || self.is_captured()
+        // A core before T0 is that of a draft.
+        self.stop || self.cause().is_some() || self.phase == Phase::Live && self.is_captured()
     }
 }
 
@@ -123,6 +127,7 @@ pub(crate) struct Shared {
     pub(crate) tracker: Arc<dyn WriteTracker>,
     pub(crate) ram: Arc<dyn RamSource>,
     pub(crate) table: Arc<BlockTable>,
+    pub(crate) dirty: Option<DirtyUse>,
 }
 
 impl Shared {
@@ -132,6 +137,7 @@ impl Shared {
         table: Arc<BlockTable>,
         slots: u16,
         slot_pages: u64,
+        dirty: Option<DirtyUse>,
     ) -> Self {
         let state = State {
             phase: Phase::Prepared,
@@ -149,6 +155,7 @@ impl Shared {
             stop: false,
             early_losses: Vec::new(),
             faults_starve: false,
+            give_zeros: false,
             early_cause: None,
             end_announced: false,
             workers_waiting: 0,
@@ -163,6 +170,7 @@ impl Shared {
             tracker,
             ram,
             table,
+            dirty,
         }
     }
 
@@ -395,7 +403,7 @@ impl Shared {
         let all_zero = job.run.run().pages == zero;
         let mut state = self.lock();
         state.pages_zero += zero;
-        if all_zero || state.cause().is_some() {
+        if all_zero && !state.give_zeros || state.cause().is_some() {
             self.written(&mut state, job);
         } else {
             state.digested.push_back(job);

@@ -140,6 +140,16 @@ fn ends_with(cause: Option<Cause>, expected: Cause) {
 }
 
 scenarios! {
+    /// A chain of increments, writers at work during each.
+    shuttle_chain_of_increments {
+        super::tests_dirty::chain_of_increments();
+    }
+
+    /// Drafts while a vCPU writes, then an increment.
+    shuttle_precopy {
+        super::tests_dirty::precopy_under_writes();
+    }
+
     shuttle_finish {
         assert_eq!(run(world(&vm(), 2).begin(), |_| ()), None);
     }

@@ -87,6 +87,7 @@ impl Scene {
                         Some(cause)
                     }
                     SnapshotFailed::Commit(_) => Some(Cause::Sink),
+                    SnapshotFailed::Pending { .. } => panic!("{failed}"),
                 }
             }
         };

@@ -132,17 +132,16 @@ impl<'a> FaultServer<'a> {
                     state.foreign_faults += 1;
                     self.foreign.push(at);
                 }
-                Event::Discarded(_) | Event::Unmapped(_) => match (&mut state.core, state.phase) {
-                    (Some(core), _) => hear_of_loss(core, event),
-                    (None, Phase::Arming) => state.early_losses.push(event),
-                    (None, _) => {
-                        if let (Some(ahead), Event::Discarded(range) | Event::Unmapped(range)) =
-                            (&mut state.ahead, event)
-                        {
-                            ahead.handle_discarded(range);
-                        }
+                Event::Discarded(range) | Event::Unmapped(range) => {
+                    // No log tells of it.
+                    self.shared.dirty.iter().for_each(|dirty| dirty.mark(range));
+                    match (state.phase, &mut state.core, &mut state.ahead) {
+                        (Phase::Live, Some(core), _) => hear_of_loss(core, event),
+                        (Phase::Prepared, _, Some(ahead)) => ahead.handle_discarded(range),
+                        (Phase::Prepared | Phase::Live, ..) => {}
+                        (Phase::Arming, ..) => state.early_losses.push(event),
                     }
-                },
+                }
             }
         }
     }
@@ -231,6 +230,8 @@ enum Served {
 
 /// A scan worker: copies what is pending, and computes the digests of all that is copied.
 pub(crate) fn scan(shared: &Shared) {
+    // A vCPU that waits for a run in its hands is not on a core meanwhile.
+    run_behind();
     let mut state = shared.lock();
     while !state.stop {
         if let Some(mut job) = state.undigested.pop_front() {
@@ -256,7 +257,6 @@ pub(crate) fn scan(shared: &Shared) {
 
 /// A writer: hands what is digested to the sink, several runs at a time.
 pub(crate) fn write(shared: &Shared, sink: &Arc<Box<dyn ImageSink>>) {
-    // Nobody waits for a writer; the scan would, while it holds a claim.
     run_behind();
     let mut batch: Array<Job, 64> = Array::new();
     let mut state = shared.lock();

@@ -96,6 +96,34 @@ impl PageTable {
         Ok(())
     }
 
+    /// Notes the pages from `first` on, whatever was noted of them before. Returns which of them are zero and had data:
+    /// their bytes in the file are not zero yet.
+    pub(super) fn record_again(&mut self, first: PageId, digests: &[PageDigest]) -> Vec<bool> {
+        let mut stale = vec![false; digests.len()];
+        for ((page, digest), stale) in (first.0..).zip(digests).zip(&mut stale) {
+            let (chunk, slot) = slot_of(page);
+            let Some(place) = self.chunks.get_mut(chunk) else { continue };
+            let zero = *digest == PageDigest::Zero;
+            if zero && self.default == PageState::Zero && place.is_none() {
+                continue;
+            }
+            let chunk = place.get_or_insert_with(|| Box::new(Chunk::EMPTY));
+            let bit = 1 << (slot % 64);
+            let had_data = chunk.data[slot / 64] & bit != 0;
+            *stale = zero && had_data;
+            chunk.given[slot / 64] |= bit;
+            match digest {
+                PageDigest::Data(crc) => {
+                    chunk.data[slot / 64] |= bit;
+                    chunk.crcs[slot] = *crc;
+                }
+                PageDigest::Zero => chunk.data[slot / 64] &= !bit,
+            }
+            self.data_pages = self.data_pages + u64::from(!zero) - u64::from(had_data);
+        }
+        stale
+    }
+
     /// Calls `each` for every run of pages that differ from the default, ascending, none longer than a run record
     /// can say.
     pub(super) fn for_each_run<E>(&self, mut each: impl FnMut(StateRun) -> Result<(), E>) -> Result<(), E> {

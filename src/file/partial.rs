@@ -164,6 +164,8 @@ impl Drop for Partial {
         if self.named && !matches!(storage::same_file(&self.file, &self.path), Ok(false)) {
             let _ = fs::remove_file(&self.path);
         }
+        // Not left to closing: a child that another thread is just starting has the descriptor, too, until it executes.
+        let _ = self.file.unlock();
     }
 }
 

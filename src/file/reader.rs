@@ -75,6 +75,12 @@ impl SnapshotFile {
         self.meta.parent
     }
 
+    /// How an increment on it names it.
+    #[must_use]
+    pub const fn as_parent(&self) -> ParentRef {
+        ParentRef { id: self.id(), checksum: self.checksum() }
+    }
+
     /// The RAM blocks, in the order in which they lie in the file. Ignored blocks are listed, and have no pages.
     #[must_use]
     pub fn blocks(&self) -> &[FileBlock] {

@@ -53,6 +53,8 @@ pub struct FileSink {
     direct: Option<File>,
     /// Held while digests are noted, never during I/O.
     pages: Mutex<PageTable>,
+    /// Pages may be given once more.
+    again: AtomicBool,
     /// A write has failed: what is there can never be committed.
     failed: AtomicBool,
 }
@@ -67,6 +69,19 @@ impl FileSink {
     /// What is in the way. Nothing is left behind then.
     pub fn create(path: &Path, table: &BlockTable, options: &FileSinkOptions) -> Result<Self, CreateError> {
         Self::create_as(path, table, options, None, None)
+    }
+
+    /// Begins an increment on `parent`: a page that is never given is in the parent.
+    ///
+    /// # Errors
+    /// As [`create`](Self::create).
+    pub fn create_child(
+        path: &Path,
+        table: &BlockTable,
+        options: &FileSinkOptions,
+        parent: ParentRef,
+    ) -> Result<Self, CreateError> {
+        Self::create_as(path, table, options, Some(parent), None)
     }
 
     /// As [`create`](Self::create), on top of `parent`: pages that are never given are in the parent then.
@@ -99,6 +114,7 @@ impl FileSink {
             sync: options.sync,
             direct,
             pages: Mutex::new(PageTable::new(table.pages(), default)),
+            again: AtomicBool::new(false),
             failed: AtomicBool::new(false),
         })
     }
@@ -113,20 +129,29 @@ impl FileSink {
         for piece in pieces {
             self.check(piece)?;
         }
+        let mut stale = Vec::new();
         {
+            let again = self.again.load(Ordering::Acquire);
             let mut pages = self.pages.lock().unwrap_or_else(PoisonError::into_inner);
             for piece in pieces {
-                pages
-                    .record(piece.first, piece.digests)
-                    .map_err(|twice| self.misuse(format!("{} was given twice", twice.0)))?;
+                if again {
+                    stale.push(pages.record_again(piece.first, piece.digests));
+                } else {
+                    pages
+                        .record(piece.first, piece.digests)
+                        .map_err(|twice| self.misuse(format!("{} was given twice", twice.0)))?;
+                }
             }
         }
+        let mut stale = stale.iter();
         // The pool's slots are aligned; who calls this by hand may not care.
         let aligned = |piece: &Piece<'_>| piece.bytes.as_ptr().align_offset(PAGE) == 0;
         let direct = self.direct.as_ref().filter(|_| pieces.iter().all(aligned));
         let mut batch = Batch::new(direct.unwrap_or(self.partial.file()));
         for piece in pieces {
-            for_each_data_run(piece, |first, bytes| batch.add(first.0, bytes)).map_err(|e| self.write_error(e))?;
+            let stale = stale.next().map_or(&[][..], Vec::as_slice);
+            for_each_run_to_write(piece, stale, |first, bytes| batch.add(first.0, bytes))
+                .map_err(|e| self.write_error(e))?;
         }
         batch.flush().map_err(|e| self.write_error(e))
     }
@@ -159,7 +184,7 @@ impl FileSink {
         }
         let pages = self.pages.lock().unwrap_or_else(PoisonError::into_inner);
         let contents = trailer::Contents { id: self.id, parent: self.parent, table: &self.table, meta };
-        let image_bytes = trailer::write(file, &contents, &pages).map_err(|e| self.write_error(e))?;
+        let (image_bytes, checksum) = trailer::write(file, &contents, &pages).map_err(|e| self.write_error(e))?;
         if self.sync {
             file.sync_all().map_err(|e| io("its trailer cannot be synced", e))?;
         }
@@ -167,7 +192,8 @@ impl FileSink {
         let written_bytes = pages.data_pages() * PAGE_BYTES + trailer_bytes;
         drop(pages);
         self.partial.publish(self.sync)?;
-        Ok(Committed { image_bytes, written_bytes })
+        let snapshot = Some(ParentRef { id: self.id, checksum });
+        Ok(Committed { image_bytes, written_bytes, snapshot })
     }
 
     fn write_error(&self, failed: Failed) -> SinkError {
@@ -190,6 +216,15 @@ impl ImageSink for FileSink {
         self.write_pieces(pieces).inspect_err(|_| self.failed.store(true, Ordering::Release))
     }
 
+    fn omitted(&self) -> PageState {
+        if self.parent.is_some() { PageState::InParent } else { PageState::Zero }
+    }
+
+    fn again(&self) -> Result<(), SinkError> {
+        self.again.store(true, Ordering::Release);
+        Ok(())
+    }
+
     fn commit(self: Box<Self>, meta: &ImageMeta) -> Result<Committed, SinkError> {
         (*self).commit_all(meta)
     }
@@ -199,16 +234,22 @@ impl ImageSink for FileSink {
     }
 }
 
-/// Calls `each` for every run of data pages in `piece`, with its bytes.
-fn for_each_data_run<'a, E>(
+/// Calls `each` for every run of pages in `piece` whose bytes belong into the file: data, and zeros over `stale` data.
+fn for_each_run_to_write<'a, E>(
     piece: &Piece<'a>,
+    stale: &[bool],
     mut each: impl FnMut(PageId, &'a [u8]) -> Result<(), E>,
 ) -> Result<(), E> {
-    let is_data = |digest: &PageDigest| matches!(digest, PageDigest::Data(_));
+    let is_written = |at: usize| {
+        matches!(piece.digests.get(at), Some(PageDigest::Data(_))) || stale.get(at).is_some_and(|&stale| stale)
+    };
     let mut at = 0;
-    for run in piece.digests.chunk_by(|a, b| is_data(a) == is_data(b)) {
-        let end = at + run.len();
-        if run.first().is_some_and(is_data) {
+    while at < piece.digests.len() {
+        let mut end = at + 1;
+        while end < piece.digests.len() && is_written(end) == is_written(at) {
+            end += 1;
+        }
+        if is_written(at) {
             let bytes = piece.bytes.get(at * PAGE..end * PAGE).unwrap_or_default();
             each(PageId(piece.first.0 + at as u64), bytes)?;
         }

@@ -28,7 +28,9 @@ fn victim() {
         if !replace {
             let _ = fs::remove_file(&target);
         }
-        let sink = FileSink::create(&target, &table(PAGES as u64), &FileSinkOptions { replace, sync: false, direct: true }).unwrap();
+        let sink =
+            FileSink::create(&target, &table(PAGES as u64), &FileSinkOptions { replace, sync: false, direct: true })
+                .unwrap();
         (0..PAGES).step_by(50).for_each(|first| give(&sink, &flat, first as u64, 50));
         Box::new(sink).commit(&meta()).unwrap();
         if Instant::now() > deadline {
@@ -69,7 +71,8 @@ fn killed_at_any_moment() {
             file.verify(1, &mut |_, _| {}).unwrap();
         }
         let before = SnapshotFile::open(&target).ok().map(|file| file.id());
-        let next = FileSink::create(&target, &table(8), &FileSinkOptions { replace: true, sync: false, direct: true }).unwrap();
+        let next = FileSink::create(&target, &table(8), &FileSinkOptions { replace: true, sync: false, direct: true })
+            .unwrap();
         drop(next);
         assert!(!dir.path().join("snap.partial").exists());
         assert_eq!(SnapshotFile::open(&target).ok().map(|file| file.id()), before);

@@ -29,8 +29,8 @@ pub(super) fn bad_key(meta: &ImageMeta) -> Option<&str> {
     meta.statistics.iter().map(|(key, _)| key.as_str()).find(|key| key.is_empty() || key.len() > MAX_KEY)
 }
 
-/// Writes trailer and tail behind the RAM; returns the length of the file.
-pub(super) fn write(file: &File, contents: &Contents<'_>, pages: &PageTable) -> Result<u64, Failed> {
+/// Writes trailer and tail behind the RAM; returns the length of the file and the trailer checksum.
+pub(super) fn write(file: &File, contents: &Contents<'_>, pages: &PageTable) -> Result<(u64, u32), Failed> {
     let trailer_offset = contents.table.pages() * PAGE_BYTES;
     let sections = Kind::ALL.len() as u64;
     let mut out = SectionWriter::new(file, trailer_offset + HEADER_LEN + sections * SECTION_LEN);
@@ -89,7 +89,7 @@ pub(super) fn write(file: &File, contents: &Contents<'_>, pages: &PageTable) -> 
         len: TAIL_LEN,
         source,
     })?;
-    Ok(tail_offset + TAIL_LEN)
+    Ok((tail_offset + TAIL_LEN, trailer_crc))
 }
 
 /// The CRC that belongs into a tail: of all bytes before the field itself.

@@ -40,8 +40,8 @@ use std::collections::VecDeque;
 use std::fmt;
 
 use ramshot_core::{
-    Backing, BlockName, BlockTable, Event, GuestAddr, HostAddr, HostRange, LayoutError, OsError, PAGE_SIZE, PageId,
-    RamBlock, RamSource, RamTarget, Run, Treatment,
+    Backing, BlockName, BlockTable, DirtyLog, Event, GuestAddr, HostAddr, HostRange, LayoutError, OsError, PAGE_SIZE,
+    PageId, RamBlock, RamSource, RamTarget, Run, Treatment,
 };
 
 pub use self::sink::{MemoryImage, MemorySink, Outcome};
@@ -87,6 +87,8 @@ struct Page {
     /// Ever written: what was not is neither resident nor protected.
     touched: bool,
     mapped: bool,
+    /// Written since the dirty log was last read.
+    logged: bool,
 }
 
 /// A thread that waits for a release (a writer) or for its event to be read (a discard).
@@ -168,7 +170,7 @@ impl SimVm {
         let pages = usize::try_from(table.pages()).unwrap_or(0);
         let state = State {
             bytes: vec![0; pages * PAGE],
-            pages: vec![Page { protected: false, touched: false, mapped: true }; pages],
+            pages: vec![Page { protected: false, touched: false, mapped: true, logged: false }; pages],
             contexts: Vec::new(),
             registered: None,
             blocked: Vec::new(),
@@ -201,6 +203,12 @@ impl SimVm {
         Ok(Arc::new(SimTracker::new(Arc::clone(self), id)))
     }
 
+    /// What its vCPUs write, as KVM's dirty log tells it. Discards are not in it.
+    #[must_use]
+    pub fn dirty_log(self: &Arc<Self>) -> Box<dyn DirtyLog> {
+        Box::new(SimLog(Arc::clone(self)))
+    }
+
     /// From now on this goes wrong; calls are counted anew.
     pub fn trouble(&self, trouble: Trouble) {
         self.lock().plan = Plan::new(trouble);
@@ -219,7 +227,7 @@ impl SimVm {
             state = self.block_on(state, Event::WriteFault { at: range.start }, Until::Released(range.start));
         }
         let Some(flags) = state.pages.get_mut(index).filter(|page| page.mapped) else { return };
-        flags.touched = true;
+        (flags.touched, flags.logged) = (true, true);
         let span = index * PAGE..(index + 1) * PAGE;
         for word in state.bytes.get_mut(span).unwrap_or_default().chunks_exact_mut(8) {
             word.copy_from_slice(&value.to_ne_bytes());
@@ -305,7 +313,7 @@ impl SimVm {
             let (from, to) = span(run);
             state.bytes.get_mut(from * PAGE..to * PAGE).unwrap_or_default().fill(0);
             for page in state.pages.get_mut(from..to).unwrap_or_default() {
-                *page = Page { protected: false, touched: false, mapped: page.mapped && mapped };
+                *page = Page { protected: false, touched: false, mapped: page.mapped && mapped, ..*page };
             }
         }
     }
@@ -333,6 +341,23 @@ impl RamSource for SimVm {
             let mapped = state.pages.get(at / PAGE).is_some_and(|page| page.mapped);
             let bytes = state.bytes.get(at..at + piece.len()).filter(|_| mapped);
             piece.copy_from_slice(bytes.ok_or(OsError::new("read", EFAULT))?);
+        }
+        Ok(())
+    }
+}
+
+struct SimLog(Arc<SimVm>);
+
+impl DirtyLog for SimLog {
+    fn take(&self, each: &mut dyn FnMut(HostRange)) -> Result<(), OsError> {
+        let SimVm { table, .. } = self.0.as_ref();
+        let mut state = self.0.lock();
+        for (number, page) in (0..).zip(&mut state.pages) {
+            if std::mem::take(&mut page.logged)
+                && let Some(range) = table.host_range(Run::new(PageId(number), 1))
+            {
+                each(range);
+            }
         }
         Ok(())
     }

@@ -4,6 +4,7 @@ use ramshot_core::{BlockTable, PageId};
 
 use super::PAGE;
 use super::trouble::{Call, Plan, Trouble, happen};
+use crate::file::{PageState, ParentRef, SnapshotId};
 use crate::sink::{Committed, ImageMeta, ImageSink, PageDigest, Piece, SinkError};
 use crate::sync::{Arc, Condvar, Mutex, MutexGuard, lock, wait};
 
@@ -40,6 +41,8 @@ struct Shared {
 struct State {
     bytes: Vec<u8>,
     given: Vec<bool>,
+    /// It builds on another.
+    child: bool,
     held: bool,
     waiting: usize,
     outcome: Outcome,
@@ -56,6 +59,7 @@ impl MemorySink {
         let state = State {
             bytes: vec![0; pages * PAGE],
             given: vec![false; pages],
+            child: false,
             held: false,
             waiting: 0,
             outcome: Outcome::Open,
@@ -65,6 +69,18 @@ impl MemorySink {
         };
         let shared = Arc::new(Shared { state: Mutex::new(state), changed: Condvar::new() });
         (Self { shared: Arc::clone(&shared) }, MemoryImage { shared })
+    }
+
+    /// A sink for an increment on `parent`, which was committed.
+    #[must_use]
+    pub fn child(table: &BlockTable, parent: &MemoryImage) -> (Self, MemoryImage) {
+        let (sink, image) = Self::new(table);
+        {
+            let bytes = lock(&parent.shared.state).bytes.clone();
+            let mut state = sink.lock();
+            (state.bytes, state.child) = (bytes, true);
+        }
+        (sink, image)
     }
 
     fn lock(&self) -> MutexGuard<'_, State> {
@@ -183,7 +199,17 @@ impl ImageSink for MemorySink {
         state.end(Outcome::Committed);
         state.meta = meta.clone();
         let written = state.given.iter().filter(|given| **given).count();
-        Ok(Committed { image_bytes: state.bytes.len() as u64, written_bytes: (written * PAGE) as u64 })
+        let snapshot = Some(ParentRef { id: SnapshotId([1; 16]), checksum: crc32c::crc32c(&state.bytes) });
+        Ok(Committed { image_bytes: state.bytes.len() as u64, written_bytes: (written * PAGE) as u64, snapshot })
+    }
+
+    fn omitted(&self) -> PageState {
+        if self.lock().child { PageState::InParent } else { PageState::Zero }
+    }
+
+    fn again(&self) -> Result<(), SinkError> {
+        self.lock().given.fill(false);
+        Ok(())
     }
 
     fn abort(self: Box<Self>) {

@@ -6,6 +6,8 @@ use std::str::FromStr;
 use std::sync::{Arc, Mutex, PoisonError};
 use std::time::{Duration, Instant};
 
+use ramshot::core::{HostRange, OsError};
+use ramshot::{DirtyLog, HostAddr};
 use ramshot_images::layout::{
     self, BUCKETS, CHECK_UNTOUCHED_LATE, COMMAND_QUIESCE, COMMAND_RUN, CONTROL_ADDRESS, Control, Counters, Header,
     MAX_VCPUS, PAGE, PHASE_READY, SLOTS, STATE_QUIESCED, STATS_ADDRESS, STATS_MAGIC, Slot, buckets_address,
@@ -199,6 +201,12 @@ pub trait Guest: Send + Sync {
     /// The state is of another kind of guest or number of vCPUs, or a KVM call failed.
     fn restore(&self, state: &[u8]) -> Result<(), GuestError>;
 
+    /// Logs of all that is written to its RAM from now on, by its vCPUs and by the VMM.
+    ///
+    /// # Errors
+    /// This kind of guest has none.
+    fn dirty_logs(&self) -> Result<Vec<Box<dyn DirtyLog>>, GuestError>;
+
     /// What happened to it if it is lost (an exception, a triple fault).
     fn failure(&self) -> Option<String>;
 
@@ -301,7 +309,26 @@ pub struct Talk {
 /// Asked while waiting: what happened to the guest.
 type Failure<'a> = &'a dyn Fn() -> Option<String>;
 
+/// What the VMM writes to guest RAM: the control area. It does so at any time, so it is always dirty.
+pub(crate) struct WrittenByUs(HostRange);
+
+impl DirtyLog for WrittenByUs {
+    fn take(&self, each: &mut dyn FnMut(HostRange)) -> Result<(), OsError> {
+        each(self.0);
+        Ok(())
+    }
+}
+
 impl Talk {
+    pub(crate) fn written_by_us(&self) -> Result<WrittenByUs, GuestError> {
+        let inside =
+            |region: &&crate::memory::RegionInfo| (region.guest..region.guest + region.len).contains(&CONTROL_ADDRESS);
+        let region = self.memory.regions().iter().find(inside);
+        let region = region.ok_or_else(|| GuestError::Config("no RAM at the control area".to_owned()))?;
+        let start = (region.host + (CONTROL_ADDRESS - region.guest)) & !4095;
+        Ok(WrittenByUs(HostRange::new(HostAddr(start), 4096)))
+    }
+
     pub(crate) fn new(memory: Arc<Memory>) -> Self {
         Self { memory, asked: Mutex::default() }
     }

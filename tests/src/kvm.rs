@@ -1,12 +1,15 @@
 //! A KVM virtual machine that runs the guest image: RAM, vCPUs with local APICs, a serial port to write to. No other device.
 
+use std::os::fd::{AsRawFd, BorrowedFd};
 use std::sync::{Arc, Mutex, PoisonError};
 use std::time::{Duration, Instant};
 
 use kvm_bindings::{
-    KVM_CAP_SPLIT_IRQCHIP, KVM_MAX_CPUID_ENTRIES, kvm_enable_cap, kvm_segment, kvm_userspace_memory_region,
+    KVM_CAP_SPLIT_IRQCHIP, KVM_MAX_CPUID_ENTRIES, KVM_MEM_LOG_DIRTY_PAGES, kvm_enable_cap, kvm_segment,
+    kvm_userspace_memory_region,
 };
 use kvm_ioctls::{Cap, Kvm, VcpuFd, VmFd};
+use ramshot::{DirtyLog, HostAddr, KvmDirtyLog, KvmSlot};
 use ramshot_images::{EXCEPTION_LINE, IMAGE};
 
 use crate::gate::Gate;
@@ -40,7 +43,7 @@ pub struct KvmGuest {
     // Fields go in this order: threads end in `drop`, then vCPUs, VM, RAM.
     threads: Mutex<Vec<VcpuThread>>,
     vcpus: Vec<Arc<Mutex<VcpuFd>>>,
-    _vm: VmFd,
+    vm: VmFd,
     msrs: Vec<u32>,
     lapic: bool,
     tsc_khz: u32,
@@ -70,17 +73,7 @@ impl KvmGuest {
         let kvm = Kvm::new().map_err(kvm_error("opening /dev/kvm"))?;
         let vm = kvm.create_vm().map_err(kvm_error("KVM_CREATE_VM"))?;
         vm.set_tss_address(TSS_ADDRESS).map_err(kvm_error("KVM_SET_TSS_ADDR"))?;
-        for (slot, region) in (0..).zip(memory.regions()) {
-            let region = kvm_userspace_memory_region {
-                slot,
-                flags: 0,
-                guest_phys_addr: region.guest,
-                memory_size: region.len,
-                userspace_addr: region.host,
-            };
-            // SAFETY: the regions do not overlap, and `talk` keeps them mapped longer than the VM lives.
-            unsafe { vm.set_user_memory_region(region) }.map_err(kvm_error("KVM_SET_USER_MEMORY_REGION"))?;
-        }
+        set_slots(&vm, &memory, 0)?;
         if lapic {
             let split =
                 kvm_enable_cap { cap: KVM_CAP_SPLIT_IRQCHIP, args: [IOAPIC_PINS, 0, 0, 0], ..Default::default() };
@@ -92,7 +85,7 @@ impl KvmGuest {
         Ok(Self {
             threads: Mutex::default(),
             vcpus: vcpus.into_iter().map(|vcpu| Arc::new(Mutex::new(vcpu))).collect(),
-            _vm: vm,
+            vm,
             msrs: msrs.as_slice().to_vec(),
             lapic,
             tsc_khz,
@@ -199,7 +192,34 @@ fn set_entry(vcpu: &VcpuFd, entry: Entry) -> Result<(), GuestError> {
     vcpu.set_regs(&regs).map_err(kvm_error("KVM_SET_REGS"))
 }
 
+/// Registers guest RAM with KVM, once more if it is.
+fn set_slots(vm: &VmFd, memory: &Memory, flags: u32) -> Result<(), GuestError> {
+    for (slot, region) in (0..).zip(memory.regions()) {
+        let region = kvm_userspace_memory_region {
+            slot,
+            flags,
+            guest_phys_addr: region.guest,
+            memory_size: region.len,
+            userspace_addr: region.host,
+        };
+        // SAFETY: the regions do not overlap, and stay mapped longer than the VM lives: it is let go first.
+        unsafe { vm.set_user_memory_region(region) }.map_err(kvm_error("KVM_SET_USER_MEMORY_REGION"))?;
+    }
+    Ok(())
+}
+
 impl Guest for KvmGuest {
+    fn dirty_logs(&self) -> Result<Vec<Box<dyn DirtyLog>>, GuestError> {
+        set_slots(&self.vm, self.talk.memory(), KVM_MEM_LOG_DIRTY_PAGES)?;
+        let slots = (0..).zip(self.talk.memory().regions());
+        let slots = slots.map(|(slot, region)| KvmSlot { slot, host: HostAddr(region.host), len: region.len });
+        // SAFETY: the descriptor is open as long as the VM is.
+        let vm = unsafe { BorrowedFd::borrow_raw(self.vm.as_raw_fd()) };
+        let log = KvmDirtyLog::new(vm, slots.collect());
+        let log = log.map_err(|source| GuestError::Kvm { what: "the VM's descriptor", source })?;
+        Ok(vec![Box::new(log), Box::new(self.talk.written_by_us()?)])
+    }
+
     fn start(&self) -> Result<(), GuestError> {
         self.fresh()?;
         let entry = loader::load(self.talk.memory(), IMAGE.ok_or(GuestError::NoImage)?, &self.command_line())?;

@@ -5,6 +5,7 @@ use std::error::Error;
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
+use ramshot::core::{PageId, RamTarget, Run};
 use ramshot::{GuestRam, Live, Pending, Prepared, RamError, SnapshotFailed, SnapshotFile};
 
 use crate::{Accel, Backing, CheckReport, Guest, GuestConfig, GuestError, Memory, new_guest, verify};
@@ -39,6 +40,18 @@ pub struct Begun<L> {
 /// # Errors
 /// The guest does not do what it is asked.
 pub fn begin(guest: &dyn Guest, prepared: Prepared) -> Result<Begun<Result<Live, SnapshotFailed>>, GuestError> {
+    begin_with(guest, prepared, Pending::All)
+}
+
+/// The same with these pages.
+///
+/// # Errors
+/// As there.
+pub fn begin_with(
+    guest: &dyn Guest,
+    prepared: Prepared,
+    pending: Pending,
+) -> Result<Begun<Result<Live, SnapshotFailed>>, GuestError> {
     let stopping = Instant::now();
     guest.pause()?;
     let stopped = stopping.elapsed();
@@ -47,7 +60,7 @@ pub fn begin(guest: &dyn Guest, prepared: Prepared) -> Result<Begun<Result<Live,
     let t0 = guest.memory().copy()?;
     let writes_at_t0 = guest.writes()?;
     let beginning = Instant::now();
-    let live = guest.save_state().map(|state| prepared.begin(Pending::All, state));
+    let live = guest.save_state().map(|state| prepared.begin(pending, state));
     guest.resume()?;
     let resumed = Instant::now();
     let pause = stopped + resumed.duration_since(beginning);
@@ -86,16 +99,48 @@ pub fn restore(
     file: &SnapshotFile,
     t0: &[Vec<u8>],
 ) -> Result<Restored, Box<dyn Error>> {
+    restore_chain(accel, config, (size, backing), std::slice::from_ref(file), t0)
+}
+
+/// The same of a snapshot and its ancestors, the oldest first.
+///
+/// # Errors
+/// As there.
+pub fn restore_chain(
+    accel: Accel,
+    config: GuestConfig,
+    (size, backing): (u64, Backing),
+    files: &[SnapshotFile],
+    t0: &[Vec<u8>],
+) -> Result<Restored, Box<dyn Error>> {
+    let file = files.last().ok_or("a chain of no snapshots")?;
     let memory = Memory::new(size, backing)?;
     let start = Instant::now();
     let ram = GuestRam::from_guest_memory(Arc::clone(memory.guest()))?;
-    file.restore_into(ram.table(), &ram, 2)?;
+    if let [file] = files {
+        file.restore_into(ram.table(), &ram, 2)?;
+    } else {
+        overlay(files, &ram)?;
+    }
     let took = start.elapsed();
     drop(ram);
     let mismatched = verify::against_memory(&memory.copy()?, t0).mismatched;
     let guest = new_guest(accel, memory, config)?;
     guest.restore(file.device_state())?;
     Ok(Restored { guest, took, mismatched })
+}
+
+/// Fills `ram` page by page, each from the last file that has it.
+fn overlay(files: &[SnapshotFile], ram: &GuestRam) -> Result<(), Box<dyn Error>> {
+    let mut bytes = [0; 4096];
+    for page in (0..ram.table().pages()).map(PageId) {
+        verify::page_of_chain(files, page, &mut bytes)?;
+        let range = ram.table().host_range(Run::new(page, 1)).ok_or("a page in no block")?;
+        if bytes != [0; 4096] {
+            ram.with_mut(range.start, bytes.len(), &mut |into| into.copy_from_slice(&bytes))?;
+        }
+    }
+    Ok(())
 }
 
 /// Has the guest check its memory; what it found wrong is added to `problems`.

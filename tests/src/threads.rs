@@ -6,6 +6,7 @@ use std::sync::{Arc, Mutex, PoisonError};
 use std::thread::JoinHandle;
 use std::time::{Duration, Instant};
 
+use ramshot::DirtyLog;
 use ramshot_images::layout::{
     Counters, FIRST_USABLE, Header, LAYOUT_VERSION, PAGE, PHASE_FILLING, PHASE_READY, Range, STATE_FILLING,
     STATS_ADDRESS, STATS_MAGIC, WORKLOAD_IDLE, WORKLOAD_RANDOM, WORKLOAD_SEQ, counters_address,
@@ -126,6 +127,11 @@ impl Drop for Leaver<'_> {
 }
 
 impl Guest for ThreadGuest {
+    fn dirty_logs(&self) -> Result<Vec<Box<dyn DirtyLog>>, GuestError> {
+        let why = "threads of a process have no dirty log besides userfaultfd, which the snapshot itself needs: use --accel kvm";
+        Err(GuestError::Config(why.to_owned()))
+    }
+
     fn start(&self) -> Result<(), GuestError> {
         let mut header = self.set_up()?;
         self.spawn(header, true)?;

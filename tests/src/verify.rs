@@ -4,6 +4,7 @@ use std::error::Error;
 
 use ramshot::SnapshotFile;
 use ramshot::core::{PAGE_SIZE, PageId};
+use ramshot::file::PageState;
 
 /// What the comparison showed.
 #[derive(Clone, Copy, Debug, Default)]
@@ -25,19 +26,40 @@ const PAGE: usize = 4096;
 /// # Errors
 /// The file has another number of pages, or one cannot be read (its checksum does not fit, for example).
 pub fn against_file(file: &SnapshotFile, t0: &[Vec<u8>]) -> Result<Verified, Box<dyn Error>> {
+    against_chain(std::slice::from_ref(file), t0)
+}
+
+/// The same of a snapshot and its ancestors, the oldest first.
+///
+/// # Errors
+/// As there; a page that no file has.
+pub fn against_chain(files: &[SnapshotFile], t0: &[Vec<u8>]) -> Result<Verified, Box<dyn Error>> {
     let mut verified = Verified::default();
     let mut page = 0;
     let mut bytes = [0; PAGE];
     for expected in t0.iter().flat_map(|region| region.chunks_exact(PAGE)) {
-        file.read_page(PageId(page), &mut bytes)?;
+        page_of_chain(files, PageId(page), &mut bytes)?;
         verified.zero += u64::from(bytes.iter().all(|&byte| byte == 0));
         verified.compare(PageId(page), &bytes, expected);
         page += 1;
     }
-    if page != file.pages() {
-        return Err(format!("the file has {} pages, guest RAM {page}", file.pages()).into());
+    match files.iter().find(|file| file.pages() != page) {
+        Some(file) => Err(format!("{:?} has {} pages, guest RAM {page}", file.path(), file.pages()).into()),
+        None => Ok(verified),
     }
-    Ok(verified)
+}
+
+/// Reads a page from the last file that has it.
+///
+/// # Errors
+/// It cannot be read, or no file has it.
+pub fn page_of_chain(files: &[SnapshotFile], page: PageId, into: &mut [u8; PAGE]) -> Result<(), Box<dyn Error>> {
+    for file in files.iter().rev() {
+        if file.read_page(page, into)? != PageState::InParent {
+            return Ok(());
+        }
+    }
+    Err(format!("{page} is in the parent of every file").into())
 }
 
 /// The flat RAM of the file, read by a program that knows nothing of the format: its first bytes are the memory.

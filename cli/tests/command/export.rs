@@ -10,7 +10,7 @@ use ramshot::{AnonymousRam, GuestRam, Options, Pending};
 
 use super::forge::{self, Page};
 use super::support::{
-    PAGE, World, block, fails, flip, installed, json, memory, run, skipped, snapshot, two_blocks, yes,
+    PAGE, World, block, fails, flip, increment, installed, json, memory, run, skipped, snapshot, two_blocks, yes,
 };
 
 #[test]
@@ -58,6 +58,31 @@ fn an_increment_needs_its_parents() {
     expected[5 * PAGE..6 * PAGE].fill(8);
     expected[63 * PAGE..].fill(0);
     assert!(fs::read(world.path("out")).unwrap() == expected);
+}
+
+#[test]
+fn an_increment_of_the_library_is_put_together() {
+    let world = World::new();
+    let dir = world.dir.path();
+    let (nines, zeros) = ([9; PAGE], [0; PAGE]);
+    increment(&world.path("child"), &two_blocks(), &world.path("snap"), &[(3, &nines), (5, &zeros), (63, &nines)]);
+    let args = ["export", "child", "--parent", "snap", "core", "--format", "elf"];
+    yes(dir, &args);
+    yes(dir, &["export", "child", "--parent", "snap", "raw", "--format", "raw"]);
+    let mut expected = world.flat.clone();
+    expected[3 * PAGE..4 * PAGE].fill(9);
+    expected[5 * PAGE..6 * PAGE].fill(0);
+    expected[63 * PAGE..].fill(9);
+    assert!(fs::read(world.path("raw")).unwrap() == expected);
+    assert!(fs::read(world.path("core")).unwrap().ends_with(&expected), "the RAM is the end of the core file");
+    let differ = json(&run(dir, &["diff", "--json", "snap", "child"]).out);
+    assert_eq!((&differ["blocks"][0]["differ"], &differ["blocks"][1]["differ"]), (&2.into(), &1.into()));
+    let states = json(&yes(dir, &["inspect", "--json", "child"]));
+    assert_eq!(
+        (&states["data_pages"], &states["zero_pages"], &states["in_parent_pages"]),
+        (&2.into(), &1.into(), &61.into())
+    );
+    yes(dir, &["verify", "child"]);
 }
 
 #[test]

@@ -5,6 +5,7 @@ use std::io::{Read, Seek, SeekFrom, Write};
 use std::path::{Path, PathBuf};
 use std::process::{Command, Output};
 
+use ramshot::SnapshotFile;
 use ramshot::core::{Backing, BlockName, BlockTable, GuestAddr, HostAddr, PageId, RamBlock, Treatment};
 use ramshot::file::{FileSink, FileSinkOptions};
 use ramshot::sink::{ImageMeta, ImageSink, PageDigest, Piece};
@@ -85,6 +86,18 @@ pub(crate) fn snapshot(path: &Path, blocks: &[RamBlock], flat: &[u8]) {
     let meta =
         ImageMeta { device_state: b"device state".to_vec(), statistics: vec![("write_faults".to_owned(), 4321)] };
     Box::new(sink).commit(&meta).unwrap();
+}
+
+/// An increment on `parent` as the library writes it: these pages, one each, all others in the parent.
+pub(crate) fn increment(path: &Path, blocks: &[RamBlock], parent: &Path, pages: &[(u64, &[u8])]) {
+    let parent = SnapshotFile::open(parent).unwrap().as_parent();
+    let options = FileSinkOptions { replace: true, sync: false, direct: false };
+    let sink = FileSink::create_child(path, &BlockTable::new(blocks).unwrap(), &options, parent).unwrap();
+    for (page, bytes) in pages {
+        let digest = PageDigest::of(bytes.as_chunks::<PAGE>().0.first().unwrap());
+        sink.write(&[Piece { first: PageId(*page), bytes, digests: &[digest] }]).unwrap();
+    }
+    Box::new(sink).commit(&ImageMeta::default()).unwrap();
 }
 
 /// Memory of `pages` pages, no two alike; every fourth is zero.

@@ -8,6 +8,6 @@ mod order;
 mod pressure;
 mod properties;
 mod random;
-mod rig;
+pub(crate) mod rig;
 
 pub(crate) use defect::Defect;

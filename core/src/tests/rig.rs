@@ -10,7 +10,7 @@ pub(super) const fn host_of(block: u64) -> u64 {
 }
 
 /// A block of `pages` used pages, one host page longer than that.
-pub(super) fn part(pages: u64, page_size: u64, treatment: Treatment) -> RamBlock {
+pub(crate) fn part(pages: u64, page_size: u64, treatment: Treatment) -> RamBlock {
     RamBlock {
         name: BlockName::new("x").unwrap(),
         guest: GuestAddr(0),
@@ -23,7 +23,7 @@ pub(super) fn part(pages: u64, page_size: u64, treatment: Treatment) -> RamBlock
     }
 }
 
-pub(super) fn ram(pages: u64) -> RamBlock {
+pub(crate) fn ram(pages: u64) -> RamBlock {
     part(pages, PAGE_SIZE, Treatment::Tracked)
 }
 
@@ -33,7 +33,7 @@ pub(super) const SINGLE: Limits =
 
 pub(super) type Core = Snapshot<std::sync::Arc<BlockTable>, Vec<u64>, 4, 4>;
 
-pub(super) fn table(parts: &[RamBlock]) -> BlockTable {
+pub(crate) fn table(parts: &[RamBlock]) -> BlockTable {
     let blocks: Vec<RamBlock> = (0u64..)
         .zip(parts)
         .map(|(i, part)| RamBlock {

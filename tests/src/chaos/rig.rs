@@ -27,10 +27,10 @@ type Result<T> = std::result::Result<T, Box<dyn Error>>;
 pub struct Rig {
     /// Who runs the guest.
     pub accel: Accel,
+    /// Its RAM. Let go before the guest, whose memory otherwise stays mapped.
+    pub ram: Arc<GuestRam>,
     /// The guest, running.
     pub guest: Box<dyn Guest>,
-    /// Its RAM.
-    pub ram: Arc<GuestRam>,
     config: GuestConfig,
     backing: Backing,
     directory: TempDir,

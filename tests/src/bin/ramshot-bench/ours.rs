@@ -37,8 +37,9 @@ pub(crate) struct Trace {
 
 /// A guest of ours, booted.
 pub(crate) struct OurGuest {
-    pub(crate) guest: Box<dyn Guest>,
+    // Let go before the guest, whose memory otherwise stays mapped.
     pub(crate) ram: Arc<GuestRam>,
+    pub(crate) guest: Box<dyn Guest>,
     pub(crate) ranges: Vec<Range<u64>>,
     thp: bool,
     idle: bool,

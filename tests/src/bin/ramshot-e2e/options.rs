@@ -53,6 +53,13 @@ pub(crate) struct Options {
     /// When memory is protected: ahead of the pause as far as that pays, or all of it inside the pause.
     #[arg(long, value_enum, default_value = "ahead")]
     pub arm: Arm,
+    /// A full snapshot; a full one with increments on it (`--chain`); or one by pre-copy: everything is copied ahead, and
+    /// what was written meanwhile once more.
+    #[arg(long, value_enum, default_value = "full")]
+    pub(crate) mode: Mode,
+    /// Increments, each verified against its own T0, each restored and run. With `--mode incremental`; 1 unless given.
+    #[arg(long, value_name = "N", value_parser = clap::value_parser!(u32).range(1..=1000))]
+    pub(crate) chain: Option<u32>,
     /// Pool size (K, M, G).
     #[arg(long, default_value = "64M", value_parser = size)]
     pub(crate) pool: u64,
@@ -94,4 +101,35 @@ fn rate(text: &str) -> Result<Rate, String> {
 pub(crate) enum Arm {
     Ahead,
     Pause,
+}
+
+/// Which pages a snapshot takes.
+#[derive(Clone, Copy, PartialEq, Eq, Debug, clap::ValueEnum)]
+pub(crate) enum Mode {
+    Full,
+    Incremental,
+    Precopy,
+}
+
+impl Mode {
+    pub(crate) const fn name(self) -> &'static str {
+        match self {
+            Self::Full => "full",
+            Self::Incremental => "incremental",
+            Self::Precopy => "precopy",
+        }
+    }
+}
+
+impl Options {
+    /// How many increments follow the first snapshot.
+    pub(crate) fn increments(&self) -> Result<u32, String> {
+        match (self.mode, self.chain) {
+            (Mode::Incremental, given) => Ok(given.unwrap_or(1)),
+            (_, None) => Ok(0),
+            (mode, Some(n)) => {
+                Err(format!("--chain {n} goes with --mode incremental, not with --mode {}", mode.name()))
+            }
+        }
+    }
 }

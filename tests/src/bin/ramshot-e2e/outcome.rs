@@ -16,8 +16,16 @@ pub(crate) struct Outcome {
     pub(crate) vcpus: u32,
     pub(crate) workload: String,
     pub(crate) backing: String,
+    pub(crate) mode: String,
     pub(crate) pages_total: u64,
     pub(crate) pages_captured: u64,
+    /// Pages that T0 took: all that were there, or what was written since the base or the last draft.
+    pub(crate) dirty_pages: u64,
+    /// Pages copied before T0, and how often all of them were gone through (pre-copy).
+    pub(crate) draft_pages: u64,
+    pub(crate) draft_passes: u32,
+    /// The increments on this snapshot.
+    pub(crate) chain: Vec<Increment>,
     pub(crate) pages_zero: u64,
     pub(crate) pages_verified: u64,
     pub(crate) pages_mismatched: u64,
@@ -39,6 +47,20 @@ pub(crate) struct Outcome {
     pub(crate) guest_self_check: SelfCheck,
     /// The guest that was snapshotted checked itself, too.
     pub(crate) source_self_check: SelfCheck,
+}
+
+/// One increment, verified against its own T0.
+#[derive(Serialize, Default)]
+pub(crate) struct Increment {
+    pub(crate) dirty_pages: u64,
+    pub(crate) pages_verified: u64,
+    pub(crate) pages_mismatched: u64,
+    pub(crate) pause_us: u64,
+    pub(crate) total_ms: f64,
+    pub(crate) bytes_written: u64,
+    pub(crate) write_faults: u64,
+    pub(crate) restore_ms: f64,
+    pub(crate) guest_self_check: SelfCheck,
 }
 
 /// Gaps between the guest's own writes, from T0 to the last page captured, by the guest's clock.
@@ -77,12 +99,32 @@ impl Outcome {
             vcpus: options.vcpus,
             workload: options.workload.to_string(),
             backing: options.backing.to_string(),
+            mode: options.mode.name().to_owned(),
             ..Self::default()
         }
     }
 
     pub(crate) fn failed(options: &Options, accel: Accel, problem: String) -> Self {
         Self { problems: vec![problem], ..Self::new(options, accel, options.seed) }
+    }
+
+    /// A line for each increment.
+    pub(crate) fn chain_rows(&self) -> impl Iterator<Item = String> {
+        self.chain.iter().zip(1..).map(|(increment, number)| {
+            format!(
+                "     + {number}: {} dirty of {} pages, {} mismatched, {} faults, pause {} us, total {:.1} ms, {:.1} MiB \
+                 written; restored in {:.1} ms, self check {}",
+                increment.dirty_pages,
+                increment.pages_verified,
+                increment.pages_mismatched,
+                increment.write_faults,
+                increment.pause_us,
+                increment.total_ms,
+                mib(increment.bytes_written),
+                increment.restore_ms,
+                if increment.guest_self_check.ok { "ok" } else { "FAILED" },
+            )
+        })
     }
 
     pub(crate) fn row(&self, run: u32) -> String {
@@ -106,4 +148,10 @@ impl Outcome {
             if self.guest_self_check.ok { "ok" } else { "FAILED" },
         )
     }
+}
+
+// Sizes of files are far below 2^52.
+#[allow(clippy::cast_precision_loss)]
+fn mib(bytes: u64) -> f64 {
+    bytes as f64 / f64::from(1 << 20)
 }

@@ -50,8 +50,9 @@ struct Run<'a> {
     plan: &'a Plan,
     backing: Backing,
     target: &'a Path,
-    guest: Box<dyn Guest>,
+    // Let go before the guest, whose memory otherwise stays mapped.
     ram: Arc<GuestRam>,
+    guest: Box<dyn Guest>,
 }
 
 /// What a snapshot came to.
