@@ -22,14 +22,16 @@ use layout::{Layout, Region};
 /// Bytes read at a time.
 const STEP: usize = 1 << 20;
 
+const EXAMPLE: &str = "\
+A Firecracker guest of 4 GiB on x86-64, where RAM leaves out the last GiB below 4 GiB:
+  ramshot import vm.mem vm.ramshot --region 0+3G --region 4G+1G --device-state vm.vmstate";
+
 /// Makes a snapshot of a raw memory file, such as Firecracker's, whose layout is given.
 ///
 /// The memory file must be a full one: in Firecracker's "Diff" snapshots a hole means "as before", which nothing in the
 /// file tells from zero.
-///
-/// A Firecracker guest of 4 GiB on x86-64:
-///   ramshot import vm.mem vm.ramshot --region 0+3G --region 4G+1G --device-state vm.vmstate
 #[derive(Args, Debug)]
+#[command(after_long_help = EXAMPLE)]
 pub(crate) struct Import {
     /// The memory file.
     #[arg(value_name = "MEMORY")]
