@@ -222,6 +222,37 @@ mod tests {
         ]
     }
 
+    #[test]
+    fn an_increment_holds_no_more_than_it_must() {
+        let table = table(&[ram(PAGES)]);
+        let mut dirty = DirtyPages::new(&table, [bitmap(), bitmap(), bitmap()]).unwrap();
+        let (all, some) = (set(&(0..PAGES).collect()), set(&(0..PAGES - 2).collect()));
+        let pending_of = |dirty: &mut DirtyPages<Vec<u64>>, there: &PageBitmap<Vec<u64>>| {
+            let mut pending = bitmap();
+            dirty.begin(&table, there, false, &mut pending);
+            let count = pending.count();
+            dirty.committed(&pending, there, false);
+            count
+        };
+        dirty.begin_full();
+        dirty.committed(&all, &all, true);
+        assert_eq!(pending_of(&mut dirty, &all), 0, "nothing was written");
+        dirty.handle_written(Run::new(PageId(3), 2));
+        assert_eq!(dirty.written(), 2);
+        assert_eq!(pending_of(&mut dirty, &all), 2);
+        assert_eq!(pending_of(&mut dirty, &all), 0, "committed is not owed");
+        assert_eq!(pending_of(&mut dirty, &some), 2, "two pages are gone");
+        assert_eq!(pending_of(&mut dirty, &some), 0, "and known to be zero");
+        // A draft takes what is owed; what was written before it is not taken again at T0.
+        dirty.handle_written(Run::new(PageId(1), 1));
+        let mut draft = bitmap();
+        dirty.draft(true, &mut draft);
+        assert_eq!((draft.count(), dirty.written()), (1, 0));
+        let mut pending = bitmap();
+        dirty.begin(&table, &some, true, &mut pending);
+        assert_eq!(pending.count(), 0);
+    }
+
     proptest! {
         #![proptest_config(ProptestConfig::with_cases(2000))]
         #[test]

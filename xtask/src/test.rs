@@ -80,7 +80,7 @@ fn oldest_compiler(shell: &Shell) -> Outcome {
     Ok(cmd!(shell, "cargo +{MSRV} check --workspace --quiet --locked --target-dir {dir}").run()?)
 }
 
-/// Small, but every accelerator, workload and backing at least once.
+/// Small, but every accelerator, workload, backing and mode at least once.
 fn matrix() -> Outcome {
     let cases = [
         "--mem 256M --vcpus 2 --workload random --backing anon",
@@ -90,10 +90,22 @@ fn matrix() -> Outcome {
         "--mem 128M --vcpus 1 --workload idle --backing anon",
         "--mem 256M --vcpus 2 --workload random --backing anon --accel threads",
         "--mem 256M --vcpus 1 --workload seq --backing memfd --accel threads",
+        "--mem 256M --vcpus 2 --workload random --backing anon --mode precopy",
+        "--mem 256M --vcpus 1 --workload seq --backing memfd --mode precopy",
+        "--mem 128M --vcpus 2 --workload random --working-set 16M --backing anon --mode incremental --chain 10",
+        "--mem 128M --vcpus 1 --workload seq --working-set 8M --backing memfd --mode incremental --chain 2",
+        "--mem 128M --vcpus 1 --workload random --working-set 8M --backing thp --mode incremental --chain 2",
+        "--mem 128M --vcpus 1 --workload random --working-set 8M --backing hugetlb --mode incremental --chain 2",
     ];
+    let kvm = std::fs::File::options().read(true).write(true).open("/dev/kvm").is_ok();
     for case in cases {
         println!("-- e2e {case}");
-        let args: Vec<String> = case.split(' ').map(str::to_owned).chain(["--runs".into(), "2".into()]).collect();
+        if !kvm && case.contains("--mode") {
+            setup::skipped("this case", "only KVM has a dirty log, and /dev/kvm cannot be opened here");
+            continue;
+        }
+        let runs = if case.contains("--chain") { "1" } else { "2" };
+        let args: Vec<String> = case.split(' ').map(str::to_owned).chain(["--runs".into(), runs.into()]).collect();
         e2e::run(&args)?;
     }
     Ok(())
