@@ -48,8 +48,8 @@ pub use engine::{Handle, Live, Parts, Pending, Prepared, SetupFailed, SnapshotFa
 pub use file::SnapshotFile;
 pub use options::{OptionError, Options};
 pub use os::{
-    GuestRam, KvmDirtyLog, KvmSlot, Missing, Probe, RamError, Region, RegionFile, TrackError, Tracker, TrackerOptions,
-    compatible, probe,
+    AnonymousRam, GuestRam, KvmDirtyLog, KvmSlot, Missing, Probe, RamError, Region, RegionFile, TrackError, Tracker,
+    TrackerOptions, compatible, probe,
 };
 pub use prepare::{PrepareError, prepare, prepare_increment};
 pub use ramshot_core as core;

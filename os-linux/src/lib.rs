@@ -6,8 +6,9 @@
 //! - [`probe`], [`compatible`]: what this system offers and whether each block can be tracked, asked beforehand.
 //! - [`storage`]: file access at offsets.
 //!
-//! All unsafe code of the project's library part stands in this crate: in `uffd` (ioctls), `ram` (guest memory by
-//! pointer), `populated` (PAGEMAP_SCAN), `event` (descriptors in messages), `storage` (statx), `dirty` (KVM's log) and `priority`.
+//! All unsafe code of the project's library part stands in this crate: in `uffd` (ioctls), `ram` and `anonymous` (guest
+//! memory by pointer), `populated` (PAGEMAP_SCAN), `event` (descriptors in messages), `storage` (statx), `dirty` (KVM's log)
+//! and `priority`.
 //!
 //! ```
 //! # use std::sync::Arc;
@@ -43,6 +44,7 @@
 //! ```
 #![cfg_attr(test, allow(clippy::unwrap_used))]
 
+mod anonymous;
 mod backing;
 mod dirty;
 mod error;
@@ -61,6 +63,7 @@ mod tracker;
 mod uapi;
 mod uffd;
 
+pub use anonymous::AnonymousRam;
 pub use dirty::{KvmDirtyLog, KvmSlot};
 pub use error::{Missing, RamError, TrackError};
 pub use probe::{Probe, compatible, probe};

@@ -24,6 +24,7 @@
 //! ```
 #![forbid(unsafe_code)]
 
+mod anonymous;
 mod dirty;
 mod error;
 pub mod priority;
@@ -32,6 +33,7 @@ mod ram;
 pub mod storage;
 mod tracker;
 
+pub use anonymous::AnonymousRam;
 pub use dirty::{KvmDirtyLog, KvmSlot};
 pub use error::{Missing, RamError, TrackError};
 pub use probe::{Probe, compatible, probe};

@@ -159,6 +159,15 @@ impl FileBlock {
     }
 }
 
+/// Where the next stored data of any file begins, at byte `at` or after it; `None` if only a hole follows. For importers of
+/// sparse memory images. A system or file system that knows no holes answers `at`.
+///
+/// # Errors
+/// What the system answered.
+pub fn next_data(file: &std::fs::File, at: u64) -> std::io::Result<Option<u64>> {
+    crate::os::storage::next_data(file, at)
+}
+
 /// The block that holds `page`, with its position. Blocks lie in page order; ignored ones are empty.
 fn block_of(blocks: &[FileBlock], page: PageId) -> Option<(usize, &FileBlock)> {
     let after = blocks.partition_point(|block| block.first_page <= page);
