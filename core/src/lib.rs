@@ -11,6 +11,7 @@
 //! - [`PageBitmap`]: one bit a page, over storage that you lend.
 //! - [`Snapshot`]: the state; `handle_*` happened, `next_*` do this, the rest are getters.
 //! - [`Claim`], [`CapturedRun`], [`ReleasedRun`]: the life of a run of pages, as values that cannot be copied.
+//! - [`Fill`]: the state of a lazy restore, the way back: which page comes in next.
 //! - [`Limits`]: how far a claim reaches. Policy only.
 //! - [`WriteTracker`], [`RamSource`], [`RamTarget`]: what an operating system has to provide.
 //!
@@ -50,6 +51,7 @@ mod ahead;
 mod bitmap;
 mod block;
 mod claim;
+mod fill;
 mod outcome;
 mod policy;
 mod pool;
@@ -63,6 +65,9 @@ pub use ahead::ArmAhead;
 pub use bitmap::PageBitmap;
 pub use block::{Backing, BlockName, BlockTable, LayoutError, MAX_BLOCKS, MAX_NAME, RamBlock, Treatment};
 pub use claim::{CapturedRun, Claim, MAX_SLOTS_PER_CLAIM, Origin, ReleasedRun, SlotId, SlotList};
+pub use fill::{
+    Content, Fill, FillClaim, FillCounts, FillFault, FillOrigin, Filled, Holds, NextFill, RamFiller,
+};
 pub use outcome::{Cause, Counts, Discard, FaultOutcome, Next, PageSearchStatus, RequestOutcome, SetupError, Worker};
 pub use policy::{Limits, WhenFull};
 pub use seams::{Done, Event, OsError, RamSource, RamTarget, Residency, WriteTracker};

@@ -3,6 +3,8 @@
 //!
 //! - [`GuestRam`]: the RAM blocks of this process, what backs them, how to read and fill them.
 //! - [`Tracker`]: one userfaultfd context over them; implements [`WriteTracker`](ramshot_core::WriteTracker).
+//! - [`Filler`]: the way back, memory whose pages come in as they are touched; implements
+//!   [`RamFiller`](ramshot_core::RamFiller).
 //! - [`probe`], [`compatible`]: what this system offers and whether each block can be tracked, asked beforehand.
 //! - [`storage`]: file access at offsets.
 //!
@@ -46,6 +48,7 @@
 mod backing;
 mod error;
 mod event;
+mod filler;
 #[cfg(feature = "vm-memory")]
 mod guest_memory;
 mod maps;
@@ -61,6 +64,7 @@ mod uapi;
 mod uffd;
 
 pub use error::{Missing, RamError, TrackError};
+pub use filler::{Filler, FillerOptions};
 pub use probe::{Probe, compatible, probe};
 pub use ram::{GuestRam, Region, RegionFile};
 pub use tracker::{Tracker, TrackerOptions};

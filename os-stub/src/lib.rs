@@ -25,6 +25,7 @@
 #![forbid(unsafe_code)]
 
 mod error;
+mod filler;
 pub mod priority;
 mod probe;
 mod ram;
@@ -32,6 +33,7 @@ pub mod storage;
 mod tracker;
 
 pub use error::{Missing, RamError, TrackError};
+pub use filler::{Filler, FillerOptions};
 pub use probe::{Probe, compatible, probe};
 pub use ram::{GuestRam, Region, RegionFile};
 pub use tracker::{Tracker, TrackerOptions};

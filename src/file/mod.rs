@@ -31,6 +31,7 @@ mod reader;
 mod restore;
 mod sections;
 mod sink;
+mod source;
 mod trailer;
 mod verify;
 
@@ -59,6 +60,7 @@ pub use error::{CreateError, LayoutMismatch, OpenError, OpenErrorKind, ReadError
 pub use reader::SnapshotFile;
 pub use restore::RestoreReport;
 pub use sink::{FileSink, FileSinkOptions};
+pub use source::{PageSource, match_blocks};
 pub use verify::VerifyReport;
 
 /// What a snapshot knows of one page.

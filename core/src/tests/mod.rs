@@ -4,6 +4,7 @@
 mod blocks;
 mod defect;
 mod explore;
+mod fill;
 mod order;
 mod pressure;
 mod properties;
@@ -11,3 +12,4 @@ mod random;
 mod rig;
 
 pub(crate) use defect::Defect;
+pub(crate) use fill::FillDefect;
