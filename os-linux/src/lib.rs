@@ -7,9 +7,10 @@
 //!   [`RamFiller`](ramshot_core::RamFiller).
 //! - [`probe`], [`compatible`]: what this system offers and whether each block can be tracked, asked beforehand.
 //! - [`storage`]: file access at offsets.
+//! - [`MapTarget`]: memory that becomes a mapping of a file.
 //!
-//! All unsafe code of the project's library part stands in this crate: in `uffd` (ioctls), `ram` (guest memory by
-//! pointer), `populated` (PAGEMAP_SCAN), `event` (descriptors in messages), `storage` (statx) and `priority`.
+//! All unsafe code of the project's library part stands in this crate: in `uffd` (ioctls), `mapped` (mmap), `ram` (guest memory by
+//! pointer), `filler`, `populated` (PAGEMAP_SCAN), `event` (descriptors in messages), `storage` (statx) and `priority`.
 //!
 //! ```
 //! # use std::sync::Arc;
@@ -51,6 +52,7 @@ mod event;
 mod filler;
 #[cfg(feature = "vm-memory")]
 mod guest_memory;
+mod mapped;
 mod maps;
 mod populated;
 pub mod priority;
@@ -65,6 +67,7 @@ mod uffd;
 
 pub use error::{Missing, RamError, TrackError};
 pub use filler::{Filler, FillerOptions};
+pub use mapped::MapTarget;
 pub use probe::{Probe, compatible, probe};
 pub use ram::{GuestRam, Region, RegionFile};
 pub use tracker::{Tracker, TrackerOptions};

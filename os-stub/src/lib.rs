@@ -26,6 +26,7 @@
 
 mod error;
 mod filler;
+mod mapped;
 pub mod priority;
 mod probe;
 mod ram;
@@ -34,6 +35,7 @@ mod tracker;
 
 pub use error::{Missing, RamError, TrackError};
 pub use filler::{Filler, FillerOptions};
+pub use mapped::MapTarget;
 pub use probe::{Probe, compatible, probe};
 pub use ram::{GuestRam, Region, RegionFile};
 pub use tracker::{Tracker, TrackerOptions};

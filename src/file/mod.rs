@@ -23,6 +23,7 @@
 mod error;
 mod format;
 mod index;
+mod mapped;
 mod pages;
 mod parallel;
 mod parse;
@@ -57,6 +58,7 @@ use std::time::SystemTime;
 use ramshot_core::{Backing, BlockName, GuestAddr, PageId, Run, Treatment};
 
 pub use error::{CreateError, LayoutMismatch, OpenError, OpenErrorKind, ReadError, ReadErrorKind, RestoreError};
+pub use mapped::MapError;
 pub use reader::SnapshotFile;
 pub use restore::RestoreReport;
 pub use sink::{FileSink, FileSinkOptions};

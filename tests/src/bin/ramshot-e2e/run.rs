@@ -2,13 +2,17 @@
 
 use std::error::Error;
 use std::path::{Path, PathBuf};
-use std::time::Duration;
+use std::sync::Arc;
+use std::time::{Duration, Instant};
 
-use ramshot::SnapshotFile;
+use ramshot::file::PageSource;
+use ramshot::restore::order_path;
+use ramshot::{GuestRam, LazyOptions, SnapshotFile};
+use ramshot_tests::snapshot_run::RestoreMode;
 use ramshot_tests::{Accel, Gaps, Guest, GuestConfig, Memory, Workload, new_guest, snapshot_run, verify};
 
 use crate::options::{Arm, Options};
-use crate::outcome::{GuestRate, Outcome, SelfCheck, Stall};
+use crate::outcome::{GuestRate, Outcome, Restore, SelfCheck, Stall};
 
 /// How long the guest's rate is watched before and after.
 const WATCH: Duration = Duration::from_millis(300);
@@ -39,7 +43,7 @@ pub(crate) fn run(options: &Options, accel: Accel, seed: u64) -> Result<Outcome>
     outcome.source_self_check = self_check(guest.as_ref(), "the guest that was snapshotted", &mut outcome.problems)?;
     drop(guest);
 
-    let file = SnapshotFile::open(&target.path)?;
+    let file = Arc::new(SnapshotFile::open(&target.path)?);
     let verified = verify::against_file(&file, &t0)?;
     (outcome.pages_total, outcome.pages_verified) = (file.pages(), verified.pages);
     (outcome.pages_mismatched, outcome.pages_zero) = (verified.mismatched, verified.zero);
@@ -91,28 +95,92 @@ fn snapshot(options: &Options, guest: &dyn Guest, path: &Path, outcome: &mut Out
     Ok(begun.t0)
 }
 
-/// Into a fresh VM, which then runs and checks itself.
+/// Into fresh memory, which is compared, and into a fresh VM, which then runs and checks itself.
 fn restore(
     options: &Options,
     accel: Accel,
     config: GuestConfig,
-    file: &SnapshotFile,
+    file: &Arc<SnapshotFile>,
     t0: &[Vec<u8>],
     outcome: &mut Outcome,
 ) -> Result<()> {
-    let restored = snapshot_run::restore(accel, config, (options.mem, options.backing), file, t0)?;
-    outcome.restore_ms = millis(restored.took);
-    if restored.mismatched > 0 {
-        outcome.problems.push(format!("{} pages differ from T0 after the restore", restored.mismatched));
+    compare(options, accel, config, file, t0, outcome)?;
+    let order = order_path(file.path());
+    let settings = LazyOptions { order: Some(order.clone()), ..LazyOptions::default() };
+    for _ in 0..options.restores {
+        run_restored(options, accel, config, file, &settings, outcome)?;
     }
-    let guest = restored.guest;
+    if options.out.is_none() {
+        let _ = std::fs::remove_file(order);
+    }
+    Ok(())
+}
+
+/// Every page of restored memory against T0.
+fn compare(
+    options: &Options,
+    accel: Accel,
+    config: GuestConfig,
+    file: &Arc<SnapshotFile>,
+    t0: &[Vec<u8>],
+    outcome: &mut Outcome,
+) -> Result<()> {
+    let mismatched = if options.restore == RestoreMode::Eager {
+        let restored = snapshot_run::restore(accel, config, (options.mem, options.backing), file, t0)?;
+        outcome.restore_ms = millis(restored.took);
+        restored.mismatched
+    } else {
+        let start = Instant::now();
+        let memory = Memory::new(options.mem, options.backing)?;
+        if options.restore == RestoreMode::Mapped {
+            snapshot_run::map_into(file, &memory)?;
+        } else {
+            let ram = Arc::new(GuestRam::from_guest_memory(Arc::clone(memory.guest()))?);
+            ramshot::lazy(Arc::clone(file) as Arc<dyn PageSource>, &ram, &LazyOptions::default())?.finish()?;
+        }
+        outcome.restore_ms = millis(start.elapsed());
+        verify::against_memory(&memory.read_all()?, t0).mismatched
+    };
+    if mismatched > 0 {
+        outcome.problems.push(format!("{mismatched} pages differ from T0 after the restore"));
+    }
+    Ok(())
+}
+
+fn run_restored(
+    options: &Options,
+    accel: Accel,
+    config: GuestConfig,
+    file: &Arc<SnapshotFile>,
+    settings: &LazyOptions,
+    outcome: &mut Outcome,
+) -> Result<()> {
+    let memory = (options.mem, options.backing);
+    let running = snapshot_run::restore_and_run(accel, config, memory, file, (options.restore, settings))?;
+    let guest = running.guest;
+    outcome.restore = Restore {
+        mode: options.restore.to_string(),
+        first_instruction_us: micros(running.first_instruction),
+        call_us: micros(running.call),
+        // When the call returns all is in, unless pages come in lazily.
+        all_in_ms: millis(running.call),
+        ..Restore::default()
+    };
     let before = guest.writes()?;
-    guest.resume()?;
     std::thread::sleep(WATCH);
     if options.workload != Workload::Idle && guest.writes()? == before {
         outcome.problems.push("the restored guest does not write".to_owned());
     }
     outcome.guest_self_check = self_check(guest.as_ref(), "the restored guest", &mut outcome.problems)?;
+    if let Some(lazy) = running.lazy {
+        let report = lazy.finish()?;
+        outcome.restore.all_in_ms = millis(report.all_in);
+        outcome.restore.faults = report.progress.faults;
+        outcome.restore.prefetched = report.progress.prefetched;
+        if report.progress.faults == 0 {
+            outcome.problems.push("the guest ran while its pages came in, but no fault was seen: this proved nothing".to_owned());
+        }
+    }
     Ok(())
 }
 
