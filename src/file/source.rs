@@ -50,7 +50,8 @@ impl PageSource for SnapshotFile {
         if first.0 >= Self::pages(self) {
             return None;
         }
-        let StateRun { run, state } = self.meta().states.runs_from(first).next()?;
+        // The first may be the gap before.
+        let StateRun { run, state } = self.meta().states.runs_from(first).find(|part| part.run.contains(first))?;
         let rest = Run::new(first, run.end().0.checked_sub(first.0)?);
         (state != PageState::InParent && rest.pages > 0).then_some(StateRun { run: rest, state })
     }

@@ -8,3 +8,5 @@ pub(crate) enum FillDefect {
     /// What was read is put in whether or not it is still wanted.
     PutInBlindly,
 }
+
+mod scripted;
