@@ -67,7 +67,8 @@ impl FillClaim {
 pub enum FillFault {
     /// In the queue; a `next_fault` will return it.
     Queued,
-    /// Somebody is reading that page for another fault, and will wake all who wait for it.
+    /// Somebody is reading that page for another fault, and will wake all who wait for it; or the restore was given up, and
+    /// its end will.
     Waits,
     /// Put zeros there, and wake who waits if there is something already: the page was put in meanwhile, or was discarded,
     /// or is in no image.

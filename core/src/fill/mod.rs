@@ -49,7 +49,7 @@ struct Out {
 ///
 /// # Invariants
 /// A page is missing (bit clear) or settled (set): in, lost, or discarded, and settled for good. Only missing pages are
-/// claimed. Every page before the search is settled, claimed, or zero in the image.
+/// claimed. Every page before the search is settled, or zero in the image.
 #[derive(Debug)]
 #[cfg_attr(test, derive(Clone))]
 pub struct Fill<T, W, const FAULTS: usize, const CLAIMS: usize> {
@@ -119,6 +119,9 @@ where
         if self.settled.contains(page) {
             return FillFault::Zero(range);
         }
+        if self.ended {
+            return FillFault::Waits;
+        }
         if self.faults.iter().any(|&queued| run.contains(queued)) {
             return FillFault::Queued;
         }
@@ -152,9 +155,11 @@ where
         self.around.lull();
     }
 
-    /// No more claims: the restore is given up. What is out may still be put in and ended.
+    /// No more claims: the restore is given up. What is out may still be put in and ended. Faults wait for the end: that of
+    /// the page, if it is [given up](Self::give_up), or of the restore.
     pub fn cancel(&mut self) {
         self.ended = true;
+        self.faults.clear();
     }
 
     // ---- what to do now
@@ -275,13 +280,8 @@ where
         self.counts.lost += self.settled.count() - before;
     }
 
-    /// Ends a claim. What of it is still missing will be claimed again.
+    /// Ends a claim. What of it is still missing will be claimed again: the search has not passed it.
     pub fn end(&mut self, claim: FillClaim) {
-        if let Some(missing) = self.wanted(&claim, claim.run().first)
-            && missing.first < self.search
-        {
-            self.search = missing.first;
-        }
         self.claims.retain(|out| out.number != claim.number);
     }
 
@@ -290,6 +290,10 @@ where
     /// Whether every page that has data is settled. Then what is not in may become ordinary memory, which is zero.
     #[must_use]
     pub fn is_complete(&self) -> bool {
+        #[cfg(test)]
+        if self.defect == Some(FillDefect::CompleteTooEarly) {
+            return self.search.0 >= self.table.pages();
+        }
         self.search.0 >= self.table.pages() && self.claims.is_empty()
     }
 
@@ -359,6 +363,10 @@ where
     }
 
     fn touches_lost(&self, run: Run) -> bool {
+        #[cfg(test)]
+        if self.defect == Some(FillDefect::LostIsZero) {
+            return false;
+        }
         self.lost.count() > 0 && self.lost.next_set(run.first).is_some_and(|page| run.contains(page))
     }
 

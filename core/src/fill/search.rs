@@ -31,6 +31,11 @@ where
             let per_host = self.per_host_page(at);
             let own = host_run(&self.table, at, per_host);
             if let Some(out) = self.claims.iter().find(|out| make_way && out.run.contains(at)) {
+                #[cfg(test)]
+                if self.defect == Some(crate::tests::FillDefect::CompleteTooEarly) {
+                    at = out.run.end();
+                    continue;
+                }
                 let _ = passed.get_or_insert(at);
                 at = out.run.end();
                 continue;
