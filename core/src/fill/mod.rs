@@ -344,6 +344,11 @@ where
         self.defect = Some(defect);
     }
 
+    #[cfg(test)]
+    pub(crate) fn is_lost(&self, page: PageId) -> bool {
+        self.lost.contains(page)
+    }
+
     /// Feeds all that the future depends on to `hasher`.
     #[cfg(test)]
     pub(crate) fn key<H: core::hash::Hasher>(&self, hasher: &mut H)

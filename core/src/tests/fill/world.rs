@@ -573,7 +573,9 @@ impl World {
     pub(super) fn check_final(&self, setup: &Setup) -> Result<(), String> {
         for vcpu in 0..2 {
             let Some(page) = self.target(setup, vcpu) else { continue };
-            let lost = !setup.poison && (setup.errors > self.errors || self.cancelled);
+            let first = page / setup.per_host * setup.per_host;
+            let lost = (first..first + setup.per_host).any(|page| self.core.is_lost(PageId(page)));
+            let lost = !setup.poison && (lost || self.cancelled);
             if !(lost && self.memory[usize::try_from(page).unwrap()] == Page::Absent) {
                 return Err(format!("vCPU {vcpu} waits for ever for page {page}"));
             }
