@@ -48,7 +48,8 @@ pub use engine::{Handle, Live, Parts, Pending, Prepared, SetupFailed, SnapshotFa
 pub use file::SnapshotFile;
 pub use options::{OptionError, Options};
 pub use os::{
-    Filler, FillerOptions, GuestRam, MapTarget, Missing, Probe, RamError, Region, RegionFile, TrackError, Tracker, TrackerOptions, compatible, probe,
+    Filler, FillerOptions, GuestRam, MapTarget, Missing, Probe, RamError, Region, RegionFile, TrackError, Tracker,
+    TrackerOptions, compatible, probe,
 };
 pub use prepare::{PrepareError, prepare};
 pub use ramshot_core as core;

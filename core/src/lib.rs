@@ -65,9 +65,7 @@ pub use ahead::ArmAhead;
 pub use bitmap::PageBitmap;
 pub use block::{Backing, BlockName, BlockTable, LayoutError, MAX_BLOCKS, MAX_NAME, RamBlock, Treatment};
 pub use claim::{CapturedRun, Claim, MAX_SLOTS_PER_CLAIM, Origin, ReleasedRun, SlotId, SlotList};
-pub use fill::{
-    Content, Fill, FillClaim, FillCounts, FillFault, FillOrigin, Filled, Holds, NextFill, RamFiller,
-};
+pub use fill::{Content, Fill, FillClaim, FillCounts, FillFault, FillOrigin, Filled, Holds, NextFill, RamFiller};
 pub use outcome::{Cause, Counts, Discard, FaultOutcome, Next, PageSearchStatus, RequestOutcome, SetupError, Worker};
 pub use policy::{Limits, WhenFull};
 pub use seams::{Done, Event, OsError, RamSource, RamTarget, Residency, WriteTracker};

@@ -275,8 +275,9 @@ impl RamFiller for Filler {
             let pieces = match self.uffd.unregister(range) {
                 Ok(()) => Ok(Vec::new()),
                 // A part of it was unmapped, or something else was mapped there.
-                Err(errno) => maps::registered_in(range)
-                    .map_err(|_| OsError::new("UFFDIO_UNREGISTER", errno as i32).on(range)),
+                Err(errno) => {
+                    maps::registered_in(range).map_err(|_| OsError::new("UFFDIO_UNREGISTER", errno as i32).on(range))
+                }
             };
             let result = pieces.and_then(|pieces| {
                 pieces.into_iter().try_for_each(|piece| {

@@ -56,7 +56,11 @@ impl MapTarget {
     pub fn check(&self, index: BlockIndex, offset: u64) -> Result<(), Missing> {
         let table = self.ram.table();
         let Some((block, pieces)) = table.block(index).zip(self.ram.pieces().get(usize::from(index.0))) else {
-            return Err(Missing::new("mapped restore", format!("there is no block {}", index.0), "ask for one there is"));
+            return Err(Missing::new(
+                "mapped restore",
+                format!("there is no block {}", index.0),
+                "ask for one there is",
+            ));
         };
         let page = base_page_size();
         let (why, remedy) = match block.backing {
@@ -64,7 +68,10 @@ impl MapTarget {
                 ("it is mapped read-only".to_owned(), "restore eagerly, or map it writable")
             }
             Backing::Anonymous if !block.used.is_multiple_of(page) || !offset.is_multiple_of(page) => (
-                format!("{:#x} bytes from byte {offset:#x} of the file are not whole pages of {page} bytes", block.used),
+                format!(
+                    "{:#x} bytes from byte {offset:#x} of the file are not whole pages of {page} bytes",
+                    block.used
+                ),
                 "restore lazily or eagerly",
             ),
             Backing::Anonymous => return Ok(()),
@@ -72,9 +79,10 @@ impl MapTarget {
                 format!("it is {:?} memory, which a private mapping of a file cannot stand for", block.backing),
                 "restore lazily or eagerly, or give the VM private anonymous memory",
             ),
-            Backing::File | Backing::Foreign => {
-                (format!("it is {:?} memory", block.backing), "restore eagerly, or give the VM private anonymous memory")
-            }
+            Backing::File | Backing::Foreign => (
+                format!("it is {:?} memory", block.backing),
+                "restore eagerly, or give the VM private anonymous memory",
+            ),
         };
         Err(Missing::new(what(block), why, remedy))
     }

@@ -7,7 +7,9 @@ use std::os::fd::{AsFd, AsRawFd, BorrowedFd, FromRawFd, OwnedFd, RawFd};
 use nix::errno::Errno;
 use ramshot_core::{HostAddr, HostRange};
 
-use crate::uapi::{self, UffdioApi, UffdioCopy, UffdioPoison, UffdioRange, UffdioRegister, UffdioWriteprotect, UffdioZeropage};
+use crate::uapi::{
+    self, UffdioApi, UffdioCopy, UffdioPoison, UffdioRange, UffdioRegister, UffdioWriteprotect, UffdioZeropage,
+};
 
 /// How a userfaultfd is got.
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]

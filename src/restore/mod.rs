@@ -14,8 +14,6 @@ mod prefetch;
 mod read;
 mod server;
 mod shared;
-#[cfg(test)]
-mod tests;
 
 use std::fmt;
 use std::path::PathBuf;
@@ -23,7 +21,9 @@ use std::sync::Arc;
 use std::thread::{self, JoinHandle};
 use std::time::{Duration, Instant};
 
-use ramshot_core::{BlockTable, Fill, LayoutError, Limits, OsError, PAGE_SIZE, PageBitmap, RamBlock, RamFiller, Treatment};
+use ramshot_core::{
+    BlockTable, Fill, LayoutError, Limits, OsError, PAGE_SIZE, PageBitmap, RamBlock, RamFiller, Treatment,
+};
 
 pub use lost::{LostPages, LostWhy, WhenLost};
 pub use order::order_path;
@@ -190,11 +190,7 @@ pub struct LazyRestore {
 ///
 /// # Errors
 /// What does not fit or is missing, and what to do about it.
-pub fn lazy(
-    source: Arc<dyn PageSource>,
-    ram: &Arc<GuestRam>,
-    options: &LazyOptions,
-) -> Result<LazyRestore, LazyError> {
+pub fn lazy(source: Arc<dyn PageSource>, ram: &Arc<GuestRam>, options: &LazyOptions) -> Result<LazyRestore, LazyError> {
     let begun = Instant::now();
     options.check()?;
     source.check_whole()?;

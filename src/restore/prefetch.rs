@@ -66,10 +66,7 @@ pub(super) fn prefetch(shared: &Shared) {
 }
 
 /// Until there is a buffer and no fault; `None`: it is over.
-fn wait_for_turn<'a>(
-    shared: &Shared,
-    mut state: MutexGuard<'a, State>,
-) -> (MutexGuard<'a, State>, Option<Vec<u8>>) {
+fn wait_for_turn<'a>(shared: &Shared, mut state: MutexGuard<'a, State>) -> (MutexGuard<'a, State>, Option<Vec<u8>>) {
     loop {
         if state.is_over() {
             return (state, None);

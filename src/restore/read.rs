@@ -41,12 +41,7 @@ pub(super) fn bytes_of(pages: u64) -> usize {
 }
 
 /// Reads the pages of `claim` into `into`, which is as long; what could not be read. `between` is called between two reads.
-pub(super) fn read(
-    source: &dyn PageSource,
-    claim: &FillClaim,
-    into: &mut [u8],
-    mut between: impl FnMut(),
-) -> Vec<Bad> {
+pub(super) fn read(source: &dyn PageSource, claim: &FillClaim, into: &mut [u8], mut between: impl FnMut()) -> Vec<Bad> {
     let run = claim.run();
     let mut bad = Vec::new();
     let mut at = run.first;

@@ -226,14 +226,7 @@ impl Server<'_> {
 
     /// Puts in the next pages of `claim` at or after `at` that are still wanted, `most` at a time. `bytes` are those of
     /// its run.
-    fn put_in(
-        &mut self,
-        claim: &FillClaim,
-        bytes: &[u8],
-        bad: &[Bad],
-        at: PageId,
-        most: u64,
-    ) -> Result<Step, OsError> {
+    fn put_in(&mut self, claim: &FillClaim, bytes: &[u8], bad: &[Bad], at: PageId, most: u64) -> Result<Step, OsError> {
         let (wanted, page) = {
             let state = self.shared.lock();
             let Some(wanted) = state.core.wanted(claim, at) else { return Ok(Step::End) };
@@ -371,7 +364,8 @@ impl Server<'_> {
         let (touched, order) = (std::mem::take(&mut state.touched), state.order.clone());
         let pages = state.core.table().pages();
         drop(state);
-        if was == Phase::Filling && !cancelled
+        if was == Phase::Filling
+            && !cancelled
             && let Some(path) = &self.shared.order_file
         {
             order::save(path, pages, &order, &touched);

@@ -1,8 +1,8 @@
 //! The state of one lazy restore: which pages are in, who waits, what is fetched next.
 
 mod claim;
-mod search;
 pub(crate) mod seam;
+mod search;
 
 use core::ops::Deref;
 

@@ -100,7 +100,14 @@ fn pages_come_in_whatever_the_order() {
     prove(&Setup { name: "windows of two", around: 2, programs: [&[0, 1], &[1, 0]], ..PLAIN });
     prove(&Setup { name: "two prefetchers", prefetchers: 2, chunk: 1, ..PLAIN });
     prove(&Setup { name: "all data, messages twice", data: 0b111, twice: 2, ..PLAIN });
-    prove(&Setup { name: "host pages of two", pages: 4, data: 0b0001, per_host: 2, programs: [&[0, 3], &[1]], ..PLAIN });
+    prove(&Setup {
+        name: "host pages of two",
+        pages: 4,
+        data: 0b0001,
+        per_host: 2,
+        programs: [&[0, 3], &[1]],
+        ..PLAIN
+    });
     prove(&Setup { name: "claims that end early", dropped: 2, ..PLAIN });
 }
 

@@ -189,12 +189,8 @@ impl World {
         };
         let table = std::boxed::Box::leak(std::boxed::Box::new(BlockTable::new(&[block]).unwrap()));
         let map = || PageBitmap::new([0; 2], setup.pages, true).unwrap();
-        let limits = Limits {
-            scan_pages: setup.chunk,
-            around_min: setup.around,
-            around_max: setup.around,
-            ..Limits::default()
-        };
+        let limits =
+            Limits { scan_pages: setup.chunk, around_min: setup.around, around_max: setup.around, ..Limits::default() };
         let mut core = Fill::new(&*table, map(), map(), limits).unwrap();
         if let Some(defect) = setup.defect {
             core.break_with(defect);
@@ -336,7 +332,10 @@ impl World {
         let over = if self.core.is_ended() { self.gave_up } else { self.core.is_complete() && self.offers.is_empty() };
         let over = over || setup.defect == Some(FillDefect::CompleteTooEarly) && self.core.is_complete();
         let stays = !setup.poison && self.core.lost_pages() > 0;
-        over && !stays && self.zeros.is_empty() && self.lost.is_empty() && self.held.is_empty()
+        over && !stays
+            && self.zeros.is_empty()
+            && self.lost.is_empty()
+            && self.held.is_empty()
             && (!self.core.has_faults() || self.core.is_ended())
     }
 

@@ -178,7 +178,9 @@ fn run_restored(
         outcome.restore.faults = report.progress.faults;
         outcome.restore.prefetched = report.progress.prefetched;
         if report.progress.faults == 0 {
-            outcome.problems.push("the guest ran while its pages came in, but no fault was seen: this proved nothing".to_owned());
+            outcome
+                .problems
+                .push("the guest ran while its pages came in, but no fault was seen: this proved nothing".to_owned());
         }
     }
     Ok(())
