@@ -80,7 +80,7 @@ fn oldest_compiler(shell: &Shell) -> Outcome {
     Ok(cmd!(shell, "cargo +{MSRV} check --workspace --quiet --locked --target-dir {dir}").run()?)
 }
 
-/// Small, but every accelerator, workload and backing at least once.
+/// Small, but every accelerator, workload, backing and way to restore at least once.
 fn matrix() -> Outcome {
     let cases = [
         "--mem 256M --vcpus 2 --workload random --backing anon",
@@ -90,6 +90,12 @@ fn matrix() -> Outcome {
         "--mem 128M --vcpus 1 --workload idle --backing anon",
         "--mem 256M --vcpus 2 --workload random --backing anon --accel threads",
         "--mem 256M --vcpus 1 --workload seq --backing memfd --accel threads",
+        "--mem 256M --vcpus 2 --workload random --backing anon --restore mapped",
+        "--mem 256M --vcpus 2 --workload random --backing anon --restore lazy --restores 2",
+        "--mem 256M --vcpus 1 --workload seq --backing thp --restore lazy",
+        "--mem 256M --vcpus 2 --workload random --backing memfd --restore lazy",
+        "--mem 256M --vcpus 1 --workload random --backing hugetlb --restore lazy",
+        "--mem 256M --vcpus 2 --workload random --backing anon --accel threads --restore lazy",
     ];
     for case in cases {
         println!("-- e2e {case}");
