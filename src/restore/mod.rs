@@ -14,8 +14,6 @@ mod prefetch;
 mod read;
 mod server;
 mod shared;
-#[cfg(test)]
-mod tests;
 
 use std::fmt;
 use std::path::PathBuf;
@@ -161,7 +159,7 @@ pub enum LazyFailed {
     #[error("{} pages of guest RAM are lost; the first: {}", .report.progress.lost, .first)]
     Lost {
         /// The first that was found.
-        first: LostPages,
+        first: Box<LostPages>,
         /// The restore otherwise.
         report: Box<LazyReport>,
     },

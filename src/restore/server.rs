@@ -108,7 +108,9 @@ impl Server<'_> {
         for &event in events.get(..count).unwrap_or_default() {
             match event {
                 Event::MissingFault { at } => self.take_fault(&mut state, at),
-                Event::Discarded(range) | Event::Unmapped(range) => state.core.handle_discarded(range),
+                Event::Discarded(range) | Event::Unmapped(range) => {
+                    state.core.handle_discarded(range, |range| self.zeros.push(range));
+                }
                 Event::WriteFault { at } => {
                     log::error!(target: "ramshot::restore", "write fault at {at}: nothing is write-protected here");
                 }

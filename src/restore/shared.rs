@@ -201,7 +201,9 @@ impl Shared {
             fault_service: state.service.clone(),
         };
         match state.first_lost.clone() {
-            Some(first) if report.progress.lost > 0 => Err(LazyFailed::Lost { first, report: Box::new(report) }),
+            Some(first) if report.progress.lost > 0 => {
+                Err(LazyFailed::Lost { first: Box::new(first), report: Box::new(report) })
+            }
             _ => Ok(report),
         }
     }

@@ -139,14 +139,26 @@ where
 
     /// The content of `range` is gone: what is in no page any more is zero from now on, whatever the image says. Also for
     /// memory that was unmapped.
-    pub fn handle_discarded(&mut self, range: HostRange) {
+    ///
+    /// Whoever is blocked on one of them already, because it is lost or being read for him, is served by nobody else: `zero` is
+    /// called with where zeros are to be put for him.
+    pub fn handle_discarded(&mut self, range: HostRange, mut zero: impl FnMut(HostRange)) {
         #[cfg(test)]
         if self.defect == Some(FillDefect::DiscardForgotten) {
             return;
         }
-        for run in self.table.runs_in(range) {
+        // Blocks are few, and so are lost pages.
+        for index in 0..self.table.blocks().len() {
+            let Some(run) = self.table.runs_in(range).nth(index) else { break };
+            for out in self.claims.iter().filter(|out| out.origin == FillOrigin::Fault && out.run.overlaps(run)) {
+                zero(self.range_of(cut(run, out.run)));
+            }
             self.settled.insert(run);
-            self.lost.remove(run);
+            while let Some(lost) = self.lost.next_set(run.first).filter(|&page| run.contains(page)) {
+                let gone = host_run(&self.table, lost, self.per_host_page(lost));
+                self.lost.remove(gone);
+                zero(self.range_of(gone));
+            }
         }
     }
 

@@ -49,7 +49,9 @@ where
                 at = PageId(own.first.0 + alike);
                 continue;
             }
-            let most = self.limits.scan_pages.max(per_host) / per_host * per_host;
+            // Not beyond what was asked for, but for the host page that it ends in.
+            let asked = (end.0 - own.first.0).div_ceil(per_host) * per_host;
+            let most = (self.limits.scan_pages.max(per_host) / per_host * per_host).min(asked);
             let (holds, pages) = if alike > 0 { (Holds::Data, alike.min(most)) } else { (Holds::Mixed, per_host) };
             let run = self.free_part(Run::new(own.first, pages));
             return (Some((run, holds)), passed.unwrap_or(own.first));

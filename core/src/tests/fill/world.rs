@@ -496,7 +496,10 @@ impl World {
             Message::Fault(page) => fault(self, page),
             Message::Discard => {
                 let page = setup.discard.unwrap();
-                self.core.handle_discarded(HostRange::new(HostAddr(BASE + page * PAGE_SIZE), PAGE_SIZE));
+                let range = HostRange::new(HostAddr(BASE + page * PAGE_SIZE), PAGE_SIZE);
+                let mut zeros = Vec::new();
+                self.core.handle_discarded(range, |range| zeros.push(range));
+                zeros.into_iter().for_each(|range| self.zero(setup, range));
                 self.vmm = Vmm::Read;
             }
         }
