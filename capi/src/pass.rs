@@ -222,7 +222,7 @@ mod tests {
     #[test]
     fn what_is_written_fits_the_caller() {
         let value = Two { first: 7, second: 8 };
-        let mut words = [1; 4];
+        let mut words = [1u64; 4];
         // SAFETY: there is room for what is said to be.
         unsafe { write(words.as_mut_ptr().cast(), 8, value) };
         assert_eq!(words, [7, 1, 1, 1], "an older caller");

@@ -167,6 +167,57 @@ static void live(struct ramshot_ram *ram, char *memory, struct ramshot_dirty *di
     FAILS(EEXIST, "exists", ramshot_prepare(ram, full, &options, sizeof options, &snapshot));
 }
 
+static void *cancel(void *snapshot)
+{
+    struct ramshot_progress_info progress;
+    EXPECT(ramshot_progress(snapshot, &progress, sizeof progress) == 0 && progress.pages_total == PAGES / 2);
+    EXPECT(ramshot_cancel(snapshot) == 0);
+    return NULL;
+}
+
+/* From another thread while this one waits for the image: whoever comes first, there is an image or a reason. */
+static void cancelled_while_it_runs(struct ramshot_ram *ram)
+{
+    struct ramshot_snapshot *snapshot = prepare(ram, other, NULL);
+    pthread_t thread;
+    EXPECT(ramshot_begin(snapshot, RAMSHOT_ALL, NULL, 0) == 0);
+    EXPECT(pthread_create(&thread, NULL, cancel, snapshot) == 0);
+    int result = ramshot_finish(snapshot, NULL, 0);
+    EXPECT(pthread_join(thread, NULL) == 0);
+    EXPECT(result == 0 || result == -ECANCELED);
+    EXPECT((access(other, F_OK) == 0) == (result == 0));
+    ramshot_free(snapshot);
+    unlink(other);
+}
+
+/* A shared mapping, whose file says what of it holds data; part of it in use; and a block that is copied in the pause. */
+static void shared_memory(char *memory)
+{
+    int fd = memfd_create("ram", 0);
+    EXPECT(fd >= 0 && ftruncate(fd, MEM) == 0);
+    char *shared = mmap(NULL, MEM, PROT_READ | PROT_WRITE, MAP_SHARED, fd, 0);
+    EXPECT(shared != MAP_FAILED);
+    memset(shared + 4096, 3, 8192);
+    struct ramshot_region regions[] = {
+        { .name = "shared", .host = shared, .len = MEM, .used = MEM / 2, .flags = RAMSHOT_REGION_FD, .fd = fd },
+        { .name = "flash", .host = memory, .guest = MEM, .len = 4096, .treatment = RAMSHOT_IN_PAUSE },
+    };
+    struct ramshot_ram *ram;
+    struct ramshot_report report;
+    EXPECT(ramshot_ram_new(regions, 2, sizeof *regions, &ram) == 0);
+    close(fd);
+    if (ramshot_compatible(ram) == 0) { /* Linux 5.19 */
+        struct ramshot_snapshot *snapshot = prepare(ram, other, NULL);
+        EXPECT(ramshot_begin(snapshot, RAMSHOT_ALL, NULL, 0) == 0);
+        EXPECT(ramshot_finish(snapshot, &report, sizeof report) == 0);
+        EXPECT(report.pages_total == 3 && report.pages_in_pause == 1);
+        ramshot_free(snapshot);
+        EXPECT(unlink(other) == 0);
+    }
+    ramshot_ram_free(ram);
+    munmap(shared, MEM);
+}
+
 static void cancelled(struct ramshot_ram *ram)
 {
     struct ramshot_snapshot *snapshot = prepare(ram, other, NULL);
@@ -354,6 +405,8 @@ int main(int argc, char **argv)
     bad_prepare(ram);
     bad_dirty(ram);
     cancelled(ram);
+    cancelled_while_it_runs(ram);
+    shared_memory(memory);
     struct log log = { .memory = memory };
     struct ramshot_dirty_log own = { .take = take, .opaque = &log };
     struct ramshot_dirty_logs logs = { .logs = &own, .logs_count = 1 };
