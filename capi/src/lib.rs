@@ -9,7 +9,7 @@
 //! booleans are integers at the boundary, because a C program can put any number there.
 //!
 //! # Growing
-//! Every structure is passed with the size that the caller knows ([`pass`]): new fields are added at the end, and 0 in a
+//! Every structure is passed with the size that the caller knows (`pass`): new fields are added at the end, and 0 in a
 //! field always means the default. So programs keep working with newer libraries, and newer programs with older libraries
 //! unless they use what those do not have.
 // The rules are the same for every function; they stand in the header.

@@ -102,6 +102,21 @@ fn example_and_exercise_run() {
     exercise(&second, folder.path());
 }
 
+/// C++ programs include the header, too.
+#[test]
+fn the_header_is_cpp() {
+    let folder = tempfile::tempdir().unwrap();
+    let source = folder.path().join("header.cc");
+    std::fs::write(&source, "#include <ramshot.h>\nint main() { return ramshot_version() == nullptr; }\n").unwrap();
+    let compiler = std::env::var_os("CXX").unwrap_or_else(|| "c++".into());
+    if Command::new(&compiler).arg("--version").output().is_err() {
+        return skipped("the header in C++", "there is no C++ compiler");
+    }
+    let mut cxx = Command::new(compiler);
+    cxx.args(["-Wall", "-Wextra", "-Wpedantic", "-Werror", "-fsyntax-only", "-I"]).arg(here().join("include"));
+    succeed(cxx.arg(source));
+}
+
 /// Installed as docs/C.md says, found by pkg-config where there is one.
 #[test]
 fn the_shared_library_installs() {
