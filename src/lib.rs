@@ -29,6 +29,7 @@
 //! - [`GuestRam`], [`Region`]: guest RAM as the VMM describes it. [`probe`] and [`compatible`] say beforehand whether
 //!   tracking will work, and why not.
 //! - [`SnapshotFile`]: reading, verifying and restoring a snapshot. Works on every platform.
+//! - [`lazy`], [`LazyRestore`]: the VM runs at once, its pages come in as it touches them.
 //! - [`prepare_with`], [`ImageSink`], [`core`]: the parts, for a memory or a target of your own.
 //! - [`sim`]: a simulated VM with a kernel that has bad days, for tests.
 #![forbid(unsafe_code)]
@@ -39,6 +40,7 @@ pub mod file;
 mod options;
 mod prepare;
 mod report;
+pub mod restore;
 pub mod sim;
 pub mod sink;
 mod sync;
@@ -48,13 +50,14 @@ pub use engine::{Handle, Live, Parts, Pending, Prepared, SetupFailed, SnapshotFa
 pub use file::SnapshotFile;
 pub use options::{OptionError, Options};
 pub use os::{
-    AnonymousRam, GuestRam, KvmDirtyLog, KvmSlot, Missing, Probe, RamError, Region, RegionFile, TrackError, Tracker,
-    TrackerOptions, compatible, probe,
+    AnonymousRam, Filler, FillerOptions, GuestRam, KvmDirtyLog, KvmSlot, MapTarget, Missing, Probe, RamError, Region,
+    RegionFile, TrackError, Tracker, TrackerOptions, compatible, probe,
 };
 pub use prepare::{PrepareError, prepare, prepare_increment};
 pub use ramshot_core as core;
 pub use ramshot_core::{Cause, DirtyLog, GuestAddr, HostAddr, Treatment, WhenFull};
 pub use report::{Drafts, Latencies, Progress, Report};
+pub use restore::{LazyOptions, LazyRestore, lazy};
 pub use sink::ImageSink;
 
 /// The README's example compiles.

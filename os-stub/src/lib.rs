@@ -27,6 +27,8 @@
 mod anonymous;
 mod dirty;
 mod error;
+mod filler;
+mod mapped;
 pub mod priority;
 mod probe;
 mod ram;
@@ -36,6 +38,8 @@ mod tracker;
 pub use anonymous::AnonymousRam;
 pub use dirty::{KvmDirtyLog, KvmSlot};
 pub use error::{Missing, RamError, TrackError};
+pub use filler::{Filler, FillerOptions};
+pub use mapped::MapTarget;
 pub use probe::{Probe, compatible, probe};
 pub use ram::{GuestRam, Region, RegionFile};
 pub use tracker::{Tracker, TrackerOptions};

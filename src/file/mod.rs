@@ -23,6 +23,7 @@
 mod error;
 mod format;
 mod index;
+mod mapped;
 mod pages;
 mod parallel;
 mod parse;
@@ -31,6 +32,7 @@ mod reader;
 mod restore;
 mod sections;
 mod sink;
+mod source;
 mod trailer;
 mod verify;
 
@@ -56,9 +58,11 @@ use std::time::SystemTime;
 use ramshot_core::{Backing, BlockName, GuestAddr, PageId, Run, Treatment};
 
 pub use error::{CreateError, LayoutMismatch, OpenError, OpenErrorKind, ReadError, ReadErrorKind, RestoreError};
+pub use mapped::MapError;
 pub use reader::SnapshotFile;
 pub use restore::RestoreReport;
 pub use sink::{FileSink, FileSinkOptions};
+pub use source::{PageSource, match_blocks};
 pub use verify::VerifyReport;
 
 /// What a snapshot knows of one page.

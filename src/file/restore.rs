@@ -4,6 +4,7 @@ use ramshot_core::{BlockName, BlockTable, HostAddr, OsError, PageId, RamTarget, 
 
 use super::error::{ReadError, RestoreError};
 use super::format::PAGE_BYTES;
+use super::source::PageSource;
 use super::{SnapshotFile, block_of, parallel};
 
 /// Data pages that one thread restores before it asks for more: 1 MiB.
@@ -37,12 +38,7 @@ impl SnapshotFile {
         threads: usize,
     ) -> Result<RestoreReport, RestoreError> {
         let hosts = self.host_addresses(table)?;
-        if let Some(parent) = self.parent()
-            && self.in_parent_pages() > 0
-        {
-            let pages = self.in_parent_pages();
-            return Err(RestoreError::NeedsParent { path: self.path().to_owned(), parent: parent.id, pages });
-        }
+        PageSource::check_whole(self)?;
         let work = |(): &mut (), unit: u64| {
             self.for_each_data_run(unit * UNIT, UNIT, |run, rank| self.restore_run(&hosts, ram, run, rank))
         };

@@ -5,6 +5,7 @@ mod ahead;
 mod blocks;
 mod defect;
 mod explore;
+mod fill;
 mod order;
 mod pressure;
 mod properties;
@@ -12,3 +13,4 @@ mod random;
 pub(crate) mod rig;
 
 pub(crate) use defect::Defect;
+pub(crate) use fill::FillDefect;
