@@ -4,6 +4,7 @@ mod bench;
 mod cross;
 mod e2e;
 mod fuzz;
+mod header;
 mod image;
 mod miri;
 mod setup;
@@ -21,6 +22,7 @@ cargo xtask bench [OPTIONS]  the figures, beside floors measured in the same run
 cargo xtask soak [OPTIONS]   guests of random configurations, snapshotted live for --minutes N, each image verified
 cargo xtask image [FILE]     builds the guest image and says where it is, or copies it to FILE
 cargo xtask cross            the cross builds alone
+cargo xtask header           writes capi/include/ramshot.h, the C header
 cargo xtask fuzz [OPTIONS]   fuzzes the file reader and the core (--seconds N, --replay, TARGET)
 cargo xtask miri             core and file code in the interpreter that finds undefined behaviour
 ";
@@ -37,6 +39,7 @@ fn main() -> ExitCode {
         "soak" => soak::run(&rest),
         "cross" => cross::run(),
         "fuzz" => fuzz::run(&rest),
+        "header" => header::run(),
         "miri" => miri::run(),
         "" | "help" | "--help" | "-h" => {
             print!("{HELP}");
