@@ -175,8 +175,8 @@ where
         outcome
     }
 
-    /// Since the last fault was served, nobody has faulted for so long that a writer got more done than it waited. The
-    /// next fault takes fewer neighbours along; without a lull it takes more. Hand it in before the fault.
+    /// For so long nobody has faulted that the next fault is one by itself (the embedder has the clock). It takes fewer
+    /// neighbours along; without a lull it takes more. Hand it in before the fault.
     pub fn handle_lull(&mut self) {
         self.around.lull();
     }

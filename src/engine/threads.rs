@@ -14,10 +14,10 @@ use crate::sync::{Arc, MutexGuard, run_at_once, run_behind};
 const BATCH: usize = 64;
 /// Most bytes handed to the sink in one call.
 const WRITE_BATCH: u64 = 4 << 20;
-/// Without a fault for this long, the next one is a fault by itself. Two vCPUs that write flat out over protected memory
-/// fault every 100 to 200 us here, a wake-up of a thread (50 us) being most of it; one that writes 2000 pages a second
-/// every 500.
-const LULL: Duration = Duration::from_micros(300);
+/// Faults that come further apart than this come one by one. From one to the next, not from the end of a service: a wide
+/// window takes long to serve, and would keep itself wide. vCPUs that write flat out over protected memory fault every 100 to 200 us
+/// here, a wake-up of a thread (50 us) being most of it; one that writes 2000 pages a second every 500.
+const LULL: Duration = Duration::from_micros(400);
 /// While a release has to be retried, events are waited for no longer than this.
 const RETRY_MS: u32 = 1;
 
@@ -30,7 +30,7 @@ pub(crate) fn serve_faults(shared: &Shared) {
         shared,
         held: Vec::with_capacity(room),
         held_ahead: false,
-        served_at: None,
+        faulted_at: None,
         stale: Vec::with_capacity(room),
         foreign: Vec::with_capacity(room),
     };
@@ -51,8 +51,8 @@ struct FaultServer<'a> {
     held: Vec<Event>,
     /// Some of them were put off by the kernel before T0.
     held_ahead: bool,
-    /// When the last fault had been served.
-    served_at: Option<Instant>,
+    /// When the last fault was read.
+    faulted_at: Option<Instant>,
     /// Stale faults whose release the kernel put off.
     stale: Vec<HostRange>,
     /// Faults that are not ours, to be logged.
@@ -101,9 +101,12 @@ impl<'a> FaultServer<'a> {
     /// Serves until nothing is left that can be served now. False: the work of this thread is over.
     fn serve_all(&mut self, mut state: MutexGuard<'a, State>, read_at: Instant) -> bool {
         self.held_ahead = false;
-        let lull = self.served_at.is_some_and(|at| read_at.saturating_duration_since(at) > LULL);
-        if let (Some(core), true, false) = (&mut state.core, lull, self.held.is_empty()) {
-            core.handle_lull();
+        if !self.held.is_empty() {
+            let last = self.faulted_at.replace(read_at);
+            let lull = last.is_some_and(|at| read_at.saturating_duration_since(at) > LULL);
+            if let (Some(core), true) = (&mut state.core, lull) {
+                core.handle_lull();
+            }
         }
         loop {
             self.offer_faults(&mut state);
@@ -198,16 +201,14 @@ impl<'a> FaultServer<'a> {
     }
 
     /// Serves what is queued.
-    fn serve(&mut self, read_at: Instant) -> Served {
+    fn serve(&self, read_at: Instant) -> Served {
         loop {
             let mut state = self.shared.lock();
             match self.shared.next_claim(&mut state, Worker::Faults) {
                 (Next::Claim(claim), buffers) => {
                     drop(state);
                     if let Some(job) = self.shared.serve(claim, buffers) {
-                        let now = Instant::now();
-                        self.served_at = Some(now);
-                        self.shared.lock().service.record(now.duration_since(read_at));
+                        self.shared.lock().service.record(read_at.elapsed());
                         self.shared.hand_on(job);
                     }
                 }
