@@ -20,6 +20,8 @@
 //!
 //! Nothing here knows an address space, a VM or an operating system; positional I/O comes from the shim's `storage`.
 
+mod batch;
+mod chain;
 mod error;
 mod format;
 mod index;
@@ -31,6 +33,7 @@ mod reader;
 mod restore;
 mod sections;
 mod sink;
+mod source;
 mod trailer;
 mod verify;
 
@@ -55,10 +58,12 @@ use std::time::SystemTime;
 
 use ramshot_core::{Backing, BlockName, GuestAddr, PageId, Run, Treatment};
 
+pub use chain::{Chain, ChainError, Looked, MAX_CHAIN};
 pub use error::{CreateError, LayoutMismatch, OpenError, OpenErrorKind, ReadError, ReadErrorKind, RestoreError};
 pub use reader::SnapshotFile;
 pub use restore::RestoreReport;
 pub use sink::{FileSink, FileSinkOptions};
+pub use source::{PageSource, check_whole, match_blocks};
 pub use verify::VerifyReport;
 
 /// What a snapshot knows of one page.

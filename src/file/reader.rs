@@ -4,11 +4,12 @@ use std::fs::{self, File};
 use std::io::{self, ErrorKind};
 use std::path::{Path, PathBuf};
 
-use ramshot_core::{BlockIndex, BlockTable, PageId, Run, Treatment};
+use ramshot_core::{BlockTable, PageId, Run};
 
 use super::error::{LayoutMismatch, OpenError, OpenErrorKind, ReadError, ReadErrorKind};
 use super::format::{PAGE, PAGE_BYTES};
 use super::parse::{Metadata, Source, parse};
+use super::source::match_blocks;
 use super::{FileBlock, PageState, ParentRef, SnapshotId, StateRun, kind_of, place};
 use crate::os::storage;
 
@@ -230,37 +231,7 @@ impl SnapshotFile {
     /// # Errors
     /// The first difference, with both values.
     pub fn check_layout(&self, table: &BlockTable) -> Result<(), LayoutMismatch> {
-        self.match_blocks(table).map(drop)
-    }
-
-    /// For each block of the file, its block in `table`; `None` for ignored ones.
-    pub(super) fn match_blocks(&self, table: &BlockTable) -> Result<Vec<Option<BlockIndex>>, LayoutMismatch> {
-        let in_image = |treatment| treatment != Treatment::Ignored;
-        let mut matched = Vec::with_capacity(self.blocks().len());
-        for block in self.blocks() {
-            if !in_image(block.treatment) {
-                matched.push(None);
-                continue;
-            }
-            let found = table.iter().find(|(_, other)| other.name == block.name && in_image(other.treatment));
-            let Some((index, other)) = found else {
-                return Err(LayoutMismatch::Missing { block: block.name });
-            };
-            if other.guest != block.guest {
-                let (snapshot, vm) = (block.guest, other.guest);
-                return Err(LayoutMismatch::GuestAddress { block: block.name, snapshot, vm });
-            }
-            if other.used != block.used {
-                let (snapshot, vm) = (block.used, other.used);
-                return Err(LayoutMismatch::UsedLength { block: block.name, snapshot, vm });
-            }
-            matched.push(Some(index));
-        }
-        let unknown = table.iter().find(|(index, other)| in_image(other.treatment) && !matched.contains(&Some(*index)));
-        match unknown {
-            Some((_, other)) => Err(LayoutMismatch::Unknown { block: other.name }),
-            None => Ok(matched),
-        }
+        match_blocks(self.blocks(), table).map(drop)
     }
 
     pub(super) const fn meta(&self) -> &Metadata {
