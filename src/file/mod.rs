@@ -25,6 +25,7 @@ mod chain;
 mod error;
 mod format;
 mod index;
+mod merge;
 mod pages;
 mod parallel;
 mod parse;
@@ -60,6 +61,7 @@ use ramshot_core::{Backing, BlockName, GuestAddr, PageId, Run, Treatment};
 
 pub use chain::{Chain, ChainError, Looked, MAX_CHAIN};
 pub use error::{CreateError, LayoutMismatch, OpenError, OpenErrorKind, ReadError, ReadErrorKind, RestoreError};
+pub use merge::{MergeError, MergeOptions, MergeReport, flatten, rebase};
 pub use reader::SnapshotFile;
 pub use restore::RestoreReport;
 pub use sink::{FileSink, FileSinkOptions};

@@ -31,15 +31,10 @@ pub(super) struct Partial {
 }
 
 impl Partial {
-    /// Checks that `target` can be written and creates the file beside it.
-    pub(super) fn create(target: &Path, replace: bool) -> Result<Self, CreateError> {
-        Self::create_or_adopt(target, replace, &mut |_| false)
-    }
-
-    /// The same, but asks `adopt` about a file that a dead writer left: if it says yes, that one is taken over with what is
-    /// in it. It is asked only about regular files of our own that nobody else can write to and that have no other name,
-    /// and with their lock held.
-    pub(super) fn create_or_adopt(
+    /// Checks that `target` can be written and creates the file beside it. Asks `adopt` about one that a dead writer left: if it
+    /// says yes, that one is taken over with what is in it. It is asked only about regular files of our own that nobody
+    /// else can write to and that have no other name, and with their lock held.
+    pub(super) fn create(
         target: &Path,
         replace: bool,
         adopt: &mut dyn FnMut(&File) -> bool,

@@ -105,16 +105,17 @@ impl FileSink {
         Self::begin(path, blocks_of(table), options, parent, id, None)
     }
 
-    /// Begins a merge, which says by `mark` which one it is. What a killed one with the same mark left is taken over:
-    /// [`adopted`](Self::adopted) tells.
+    /// Begins a merge, which says by `mark` which one it is. What a killed one with the same mark left is taken over if `adopt`
+    /// says so: [`adopted`](Self::adopted) tells.
     pub(super) fn create_merge(
         path: &Path,
         blocks: &[FileBlock],
         options: &FileSinkOptions,
         parent: Option<ParentRef>,
         mark: &Mark,
+        adopt: bool,
     ) -> Result<Self, CreateError> {
-        Self::begin(path, blocks.to_vec(), options, parent, None, Some(mark))
+        Self::begin(path, blocks.to_vec(), options, parent, None, Some((mark, adopt)))
     }
 
     fn begin(
@@ -123,15 +124,15 @@ impl FileSink {
         options: &FileSinkOptions,
         parent: Option<ParentRef>,
         id: Option<SnapshotId>,
-        mark: Option<&Mark>,
+        mark: Option<(&Mark, bool)>,
     ) -> Result<Self, CreateError> {
         let total = blocks.last().map_or(0, |block| block.run().end().0);
         if total > MAX_PAGES {
             return Err(CreateError::TooLarge { path: path.to_owned(), pages: total });
         }
         let mut adopted = false;
-        let partial = Partial::create_or_adopt(path, options.replace, &mut |file| {
-            adopted = mark.is_some_and(|mark| has_mark(file, total, mark));
+        let partial = Partial::create(path, options.replace, &mut |file| {
+            adopted = mark.is_some_and(|(mark, adopt)| adopt && has_mark(file, total, mark));
             adopted
         })?;
         let io = |what: String| |source| CreateError::Io { path: path.to_owned(), what, source };
@@ -141,7 +142,7 @@ impl FileSink {
             let no_length = io(format!("{:?} cannot be made {len} bytes long", partial.path()));
             partial.file().set_len(len).map_err(no_length)?;
         }
-        if let Some(mark) = mark.filter(|_| !adopted) {
+        if let Some((mark, _)) = mark.filter(|_| !adopted) {
             let no_mark = io(format!("{:?} cannot be written", partial.path()));
             write_all(partial.file(), &mut [IoSlice::new(mark.as_bytes())], len).map_err(no_mark)?;
         }

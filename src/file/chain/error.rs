@@ -71,7 +71,7 @@ pub enum ChainError {
         difference: String,
     },
     /// More snapshots than a chain may have.
-    #[error("snapshot {path:?} has more than {limit} ancestors: flatten the chain further back, where it still opens")]
+    #[error("snapshot {path:?} is the last of more than {limit} in a row: flatten one further back, which still opens")]
     TooDeep {
         /// The snapshot.
         path: PathBuf,

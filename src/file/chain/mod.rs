@@ -11,7 +11,7 @@ mod index;
 #[cfg(test)]
 mod tests_errors;
 #[cfg(test)]
-mod tests_oracle;
+pub(super) mod tests_oracle;
 
 use std::collections::HashSet;
 use std::path::{Path, PathBuf};
@@ -151,7 +151,7 @@ impl Chain {
     }
 
     /// The pages from `first` on that one file has, or that are zero; and that file.
-    pub(super) fn locate(&self, first: PageId) -> (Run, Option<&SnapshotFile>) {
+    pub(in crate::file) fn locate(&self, first: PageId) -> (Run, Option<&SnapshotFile>) {
         let (run, file) = self.index.extent(first, self.tip.pages());
         let file = file.and_then(|number| match number.checked_sub(1) {
             None => Some(&self.tip),
@@ -209,7 +209,7 @@ impl PageSource for Chain {
 
 /// How the RAM of two snapshots differs: the blocks that are in the image, by name, guest address and length in use, and
 /// their order. `None` if it does not, so that a page has the same number in both.
-pub(super) fn layout_difference(child: &[FileBlock], parent: &[FileBlock]) -> Option<String> {
+pub(in crate::file) fn layout_difference(child: &[FileBlock], parent: &[FileBlock]) -> Option<String> {
     let in_image = |block: &&FileBlock| block.treatment != Treatment::Ignored;
     let say = |block: Option<&FileBlock>| match block {
         Some(block) => format!("block {:?} at {} with {:#x} bytes in use", block.name, block.guest, block.used),
