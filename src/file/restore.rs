@@ -39,8 +39,7 @@ impl SnapshotFile {
         threads: usize,
     ) -> Result<RestoreReport, RestoreError> {
         // Another VM is the first thing to say.
-        self.check_layout(table)
-            .map_err(|mismatch| RestoreError::Layout { path: self.path().to_owned(), mismatch })?;
+        self.check_layout(table).map_err(|mismatch| RestoreError::Layout { path: self.path().to_owned(), mismatch })?;
         self.check_alone()?;
         restore(self, self.path(), table, ram, threads)
     }

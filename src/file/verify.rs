@@ -106,7 +106,8 @@ impl SnapshotFile {
                 Err(self.error(ReadErrorKind::NotZero { page, place, offset }))
             }
             Err(source) if source.kind() == ErrorKind::UnexpectedEof => {
-                Err(self.error(ReadErrorKind::Shrunk { offset: self.file().metadata().map_or(offset, |now| now.len()) }))
+                Err(self
+                    .error(ReadErrorKind::Shrunk { offset: self.file().metadata().map_or(offset, |now| now.len()) }))
             }
             Err(source) => Err(self.error(ReadErrorKind::Io { offset, len, source })),
         }

@@ -53,7 +53,9 @@ pub enum ChainError {
         found: u32,
     },
     /// A snapshot is its own ancestor.
-    #[error("snapshot {child:?} names {id} as its parent, which is itself an increment on it: no chain can begin like that")]
+    #[error(
+        "snapshot {child:?} names {id} as its parent, which is itself an increment on it: no chain can begin like that"
+    )]
     Cycle {
         /// The last increment before it closes.
         child: PathBuf,

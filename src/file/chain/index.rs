@@ -87,11 +87,8 @@ fn overlay(newer: Vec<Segment>, older: Vec<Segment>) -> Vec<Segment> {
         // What lies before it.
         while let Some(segment) = below.filter(|segment| segment.first < over.first) {
             join(&mut out, Segment { end: segment.end.min(over.first), ..segment });
-            below = if segment.end > over.first {
-                Some(Segment { first: over.first, ..segment })
-            } else {
-                older.next()
-            };
+            below =
+                if segment.end > over.first { Some(Segment { first: over.first, ..segment }) } else { older.next() };
         }
         join(&mut out, over);
         // What it hides.

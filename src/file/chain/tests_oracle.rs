@@ -135,7 +135,8 @@ fn every_state_over_every_state() {
 fn a_hundred_increments() {
     let dir = tempfile::tempdir().unwrap();
     let pages = 4096;
-    let mut layers: Vec<Layer> = vec![(0..pages).map(|page| Content::Data(u8::try_from(page % 255).unwrap())).collect()];
+    let mut layers: Vec<Layer> =
+        vec![(0..pages).map(|page| Content::Data(u8::try_from(page % 255).unwrap())).collect()];
     for number in 1..=100usize {
         let mut layer = vec![Content::NeverGiven; pages];
         for k in 0..40 {

@@ -190,10 +190,7 @@ fn stored_digests(file: &SnapshotFile, run: Run) -> Option<Vec<PageDigest>> {
 }
 
 /// Calls `each` with start, length and value of every stretch of equal values.
-fn for_each_stretch<E>(
-    values: &[bool],
-    mut each: impl FnMut(usize, usize, bool) -> Result<(), E>,
-) -> Result<(), E> {
+fn for_each_stretch<E>(values: &[bool], mut each: impl FnMut(usize, usize, bool) -> Result<(), E>) -> Result<(), E> {
     let mut from = 0;
     for stretch in values.chunk_by(|a, b| a == b) {
         each(from, stretch.len(), stretch.first().is_some_and(|&value| value))?;

@@ -23,6 +23,8 @@ mod plan;
 mod tests_kill;
 #[cfg(test)]
 mod tests_merge;
+#[cfg(test)]
+mod tests_resume;
 
 use std::fs;
 use std::path::Path;

@@ -15,7 +15,7 @@ use crate::file::{Chain, FileSinkOptions, PageSource};
 
 const DIRECTORY: &str = "RAMSHOT_TEST_MERGE_KILL";
 const WHAT: &str = "RAMSHOT_TEST_MERGE_WHAT";
-const PAGES: usize = 3000;
+const PAGES: usize = 1500;
 const KILLS: u64 = 30;
 
 fn merge(dir: &Path, what: &str, options: &MergeOptions) -> super::MergeReport {
@@ -89,7 +89,7 @@ fn killed_at_any_moment(what: &str) {
     let (mut leftovers, mut reused, mut copied) = (0, 0, 0);
     for kill in 0..KILLS {
         let mut child = start(dir, what);
-        std::thread::sleep(Duration::from_micros(kill * 7919 % 40_000));
+        std::thread::sleep(Duration::from_micros(kill * 7919 % 90_000));
         child.kill().unwrap();
         child.wait().unwrap();
         fs::remove_file(dir.join("ready")).unwrap();

@@ -4,7 +4,6 @@
 use std::fs::{self, OpenOptions};
 use std::io::{Seek, SeekFrom, Write};
 use std::path::{Path, PathBuf};
-use std::process::Command;
 
 use proptest::prelude::*;
 use ramshot_core::{BlockTable, PageId, RamBlock};
@@ -12,14 +11,14 @@ use ramshot_core::{BlockTable, PageId, RamBlock};
 use super::{MergeError, MergeOptions, flatten, rebase};
 use crate::file::chain::tests_oracle::{layers, world};
 use crate::file::error::{CreateError, ReadErrorKind};
-use crate::file::format::{Mark, PAGE};
+use crate::file::format::PAGE;
 use crate::file::tests_round_trip::Content;
 use crate::file::tests_support::{
     Layer, QUICK, block, digests, give, memory, meta, names, on_small_disk, read_all, table, two_blocks, write_chain,
     write_layer,
 };
 use crate::file::{Chain, FileSink, FileSinkOptions, PageSource, PageState, SnapshotFile};
-use crate::sink::{ImageSink, Piece};
+use crate::sink::ImageSink;
 
 pub(super) const FAST: MergeOptions = MergeOptions { file: QUICK, threads: 2 };
 
@@ -121,7 +120,8 @@ fn a_child_outlives_its_ancestors() {
     let table = table(600);
     let mut layers = vec![vec![Content::Data(3); 600]];
     for number in 1..5u8 {
-        let change = |page: usize| if page % 7 == usize::from(number) { Content::Data(number) } else { Content::NeverGiven };
+        let change =
+            |page: usize| if page % 7 == usize::from(number) { Content::Data(number) } else { Content::NeverGiven };
         layers.push((0..600).map(change).collect());
     }
     let tip = write_chain(dir.path(), &table, &layers);
@@ -156,7 +156,9 @@ fn pages_that_share_a_checksum_are_told_apart() {
     snapshot(&parent, &ours);
     // x^32 first, as the reflected CRC reads its bits.
     let polynomial = 0x1_1edc_6f41u64;
-    (0..33).filter(|bit| polynomial >> (32 - bit) & 1 == 1).for_each(|bit| ours[2 * PAGE + 9 + bit / 8] ^= 1 << (bit % 8));
+    (0..33)
+        .filter(|bit| polynomial >> (32 - bit) & 1 == 1)
+        .for_each(|bit| ours[2 * PAGE + 9 + bit / 8] ^= 1 << (bit % 8));
     assert_eq!(digests(&ours)[1], digests(&ours)[2]);
     let child = dir.path().join("child");
     snapshot(&child, &ours);
@@ -167,7 +169,7 @@ fn pages_that_share_a_checksum_are_told_apart() {
 }
 
 /// A full snapshot of 600 pages and an increment, in a directory.
-fn pair(dir: &Path) -> (PathBuf, Vec<Layer>) {
+pub(super) fn pair(dir: &Path) -> (PathBuf, Vec<Layer>) {
     let change = |page: usize| match page % 5 {
         0 => Content::Data(9),
         1 => Content::Zero,
@@ -175,125 +177,6 @@ fn pair(dir: &Path) -> (PathBuf, Vec<Layer>) {
     };
     let layers = vec![vec![Content::Data(3); 600], (0..600).map(change).collect()];
     (write_chain(dir, &table(600), &layers), layers)
-}
-
-/// What a killed flatten of `chain` into `target` leaves that has copied `pages`; `forge` may change its bytes.
-fn leave(chain: &Chain, target: &Path, pages: std::ops::Range<usize>, forge: impl FnOnce(&mut Vec<u8>)) -> PathBuf {
-    let mark = Mark::new(chain.tip().as_parent(), None);
-    let sink = FileSink::create_merge(target, chain.blocks(), &QUICK, None, &mark, false).unwrap();
-    let flat = read_all(chain);
-    for page in pages {
-        let bytes = &flat[page * PAGE..(page + 1) * PAGE];
-        sink.write(&[Piece { first: PageId(page as u64), bytes, digests: &digests(bytes) }]).unwrap();
-    }
-    let partial = target.with_extension("partial");
-    let mut bytes = fs::read(&partial).unwrap();
-    drop(sink);
-    assert!(!partial.exists());
-    forge(&mut bytes);
-    // As the sink creates it: nobody else's.
-    drop(crate::os::storage::create_private(&partial).unwrap());
-    fs::write(&partial, bytes).unwrap();
-    partial
-}
-
-fn data_pages(flat: &[u8], pages: std::ops::Range<usize>) -> u64 {
-    pages.filter(|page| flat[page * PAGE..(page + 1) * PAGE].iter().any(|&byte| byte != 0)).count() as u64
-}
-
-#[test]
-fn what_a_killed_merge_has_copied_is_used() {
-    let dir = tempfile::tempdir().unwrap();
-    let (tip, layers) = pair(dir.path());
-    let (chain, flat, target) = (Chain::open(&tip).unwrap(), memory(&layers), dir.path().join("out"));
-    let done = data_pages(&flat, 0..400);
-    let all = data_pages(&flat, 0..600);
-    type Forge = fn(&mut Vec<u8>);
-    let cases: [(&str, u64, Forge); 8] = [
-        ("as it was", done, |_| {}),
-        ("a page is damaged", done - 1, |bytes| bytes[200 * PAGE + 17] ^= 1),
-        ("a page is gone", done - 1, |bytes| bytes[202 * PAGE..203 * PAGE].fill(0)),
-        ("a place is not zero that must be", 0, |bytes| bytes[201 * PAGE] = 1),
-        ("the last place, too", 0, |bytes| bytes[596 * PAGE] = 1),
-        ("another merge", 0, |bytes| bytes[600 * PAGE + 20] ^= 1),
-        ("cut off", 0, |bytes| bytes.truncate(599 * PAGE)),
-        ("more behind it", 0, |bytes| bytes.push(0)),
-    ];
-    for (what, reused, forge) in cases {
-        leave(&chain, &target, 0..400, forge);
-        let report = flatten(&chain, &target, &FAST).unwrap();
-        assert_eq!((report.reused_pages, report.copied_pages), (reused, all - reused), "{what}");
-        let file = SnapshotFile::open(&target).unwrap();
-        file.verify(2, &mut |_, _| {}).unwrap();
-        assert!(read_all(&file) == flat, "{what}");
-        assert_eq!(names(dir.path()), ["0", "1", "out"]);
-        fs::remove_file(&target).unwrap();
-    }
-}
-
-#[test]
-fn only_our_own_leftovers_are_used() {
-    let dir = tempfile::tempdir().unwrap();
-    let (tip, layers) = pair(dir.path());
-    let (chain, target) = (Chain::open(&tip).unwrap(), dir.path().join("out"));
-    let run = |program: &str, args: &[&str], path: &Path| {
-        assert!(Command::new(program).args(args).arg(path).status().unwrap().success(), "{program}");
-    };
-    let fresh = |why: &str| {
-        let report = flatten(&chain, &target, &FAST).unwrap();
-        assert_eq!(report.reused_pages, 0, "{why}");
-        assert!(read_all(&SnapshotFile::open(&target).unwrap()) == memory(&layers));
-        fs::remove_file(&target).unwrap();
-    };
-    run("chmod", &["660"], &leave(&chain, &target, 0..99, |_| {}));
-    fresh("others may write to it");
-    let partial = leave(&chain, &target, 0..99, |_| {});
-    fs::hard_link(&partial, dir.path().join("second")).unwrap();
-    let second = fs::read(dir.path().join("second")).unwrap();
-    fresh("it has another name");
-    assert!(fs::read(dir.path().join("second")).unwrap() == second, "which nobody has touched");
-    if Command::new("chown").arg("12345").arg(leave(&chain, &target, 0..99, |_| {})).status().unwrap().success() {
-        fresh("it is another user's");
-    } else {
-        fs::remove_file(target.with_extension("partial")).unwrap();
-        println!("SKIPPED: a leftover of another user (needs root)");
-    }
-    // Somebody is at it.
-    let partial = leave(&chain, &target, 0..99, |_| {});
-    let held = OpenOptions::new().write(true).open(&partial).unwrap();
-    held.lock().unwrap();
-    let error = flatten(&chain, &target, &FAST).unwrap_err();
-    assert!(matches!(error, MergeError::Create(CreateError::Busy { .. })), "{error}");
-    assert!(partial.exists());
-}
-
-#[test]
-fn a_rebase_goes_on_as_well() {
-    let dir = tempfile::tempdir().unwrap();
-    let (tip, layers) = pair(dir.path());
-    let other = dir.path().join("other");
-    write_layer(&other, &table(600), &vec![Content::Data(200); 600], None);
-    let (child, parent) = (Chain::open(&tip).unwrap(), Chain::open(&other).unwrap());
-    let (target, flat) = (dir.path().join("out"), memory(&layers));
-    for stray in [false, true] {
-        let mark = Mark::new(child.tip().as_parent(), Some(parent.tip().as_parent()));
-        let of = Some(parent.tip().as_parent());
-        let sink = FileSink::create_merge(&target, child.blocks(), &QUICK, of, &mark, false).unwrap();
-        (2..50).filter(|page| page % 5 != 1).for_each(|page| give(&sink, &flat, page, 1));
-        let partial = target.with_extension("partial");
-        let mut bytes = fs::read(&partial).unwrap();
-        drop(sink);
-        if stray {
-            bytes[51 * PAGE + 5] = 1; // Zero in the child, data in the parent.
-        }
-        drop(crate::os::storage::create_private(&partial).unwrap());
-        fs::write(&partial, bytes).unwrap();
-        let report = rebase(&child, &parent, &target, &FAST).unwrap();
-        assert_eq!(report.reused_pages, if stray { 0 } else { 39 });
-        assert!(read_all(&Chain::open(&target).unwrap()) == flat);
-        Chain::open(&target).unwrap().verify(1, &mut |_, _| {}).unwrap();
-        fs::remove_file(&target).unwrap();
-    }
 }
 
 /// A damaged page anywhere in what is read: an error that names it, nothing new, nothing replaced.
