@@ -29,6 +29,8 @@
 //! - [`GuestRam`], [`Region`]: guest RAM as the VMM describes it. [`probe`] and [`compatible`] say beforehand whether
 //!   tracking will work, and why not.
 //! - [`SnapshotFile`]: reading, verifying and restoring a snapshot. Works on every platform.
+//! - [`Chain`]: an increment with all it builds on, restored in the same ways. [`flatten`], [`rebase`]: chains made shorter.
+//! - [`lazy`], [`LazyRestore`]: the VM runs at once, its pages come in as it touches them.
 //! - [`prepare_with`], [`ImageSink`], [`core`]: the parts, for a memory or a target of your own.
 //! - [`sim`]: a simulated VM with a kernel that has bad days, for tests.
 #![forbid(unsafe_code)]
@@ -39,22 +41,24 @@ pub mod file;
 mod options;
 mod prepare;
 mod report;
+pub mod restore;
 pub mod sim;
 pub mod sink;
 mod sync;
 
 pub use dirty::{DirtyError, DirtyTracking};
 pub use engine::{Handle, Live, Parts, Pending, Prepared, SetupFailed, SnapshotFailed, prepare_with};
-pub use file::SnapshotFile;
+pub use file::{Chain, SnapshotFile, flatten, rebase};
 pub use options::{OptionError, Options};
 pub use os::{
-    GuestRam, KvmDirtyLog, KvmSlot, Missing, Probe, RamError, Region, RegionFile, TrackError, Tracker, TrackerOptions,
-    compatible, probe,
+    AnonymousRam, Filler, FillerOptions, GuestRam, KvmDirtyLog, KvmSlot, MapTarget, Missing, Probe, RamError, Region,
+    RegionFile, TrackError, Tracker, TrackerOptions, compatible, probe,
 };
 pub use prepare::{PrepareError, prepare, prepare_increment};
 pub use ramshot_core as core;
 pub use ramshot_core::{Cause, DirtyLog, GuestAddr, HostAddr, Treatment, WhenFull};
 pub use report::{Drafts, Latencies, Progress, Report};
+pub use restore::{LazyOptions, LazyRestore, lazy};
 pub use sink::ImageSink;
 
 /// The README's example compiles.

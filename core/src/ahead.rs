@@ -127,6 +127,21 @@ where
         (self.pending, self.open)
     }
 
+    /// Feeds everything that a later decision depends on to `hasher`.
+    #[cfg(test)]
+    pub(crate) fn key<H: core::hash::Hasher>(&self, hasher: &mut H)
+    where
+        W: core::hash::Hash,
+    {
+        use core::hash::Hash;
+        (&self.pending, &self.open, &self.discarded).hash(hasher);
+    }
+
+    #[cfg(test)]
+    pub(crate) fn table(&self) -> &BlockTable {
+        &self.table
+    }
+
     /// Bytes to protect again, as it stands.
     pub fn open_bytes(&self) -> u64 {
         self.open.count().saturating_mul(PAGE_SIZE)

@@ -125,7 +125,7 @@ impl<W: AsRef<[u64]> + AsMut<[u64]>> PageBitmap<W> {
     }
 
     /// The first page in `from..limit` whose bit is clear, or `limit`.
-    fn first_clear(&self, from: u64, limit: u64) -> u64 {
+    pub(crate) fn first_clear(&self, from: u64, limit: u64) -> u64 {
         let limit = limit.min(self.pages);
         let mut at = from;
         while at < limit {

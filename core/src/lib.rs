@@ -11,6 +11,7 @@
 //! - [`PageBitmap`]: one bit a page, over storage that you lend.
 //! - [`Snapshot`]: the state; `handle_*` happened, `next_*` do this, the rest are getters.
 //! - [`Claim`], [`CapturedRun`], [`ReleasedRun`]: the life of a run of pages, as values that cannot be copied.
+//! - [`Fill`]: the state of a lazy restore, the way back: which page comes in next.
 //! - [`Limits`]: how far a claim reaches. Policy only.
 //! - [`WriteTracker`], [`RamSource`], [`RamTarget`]: what an operating system has to provide.
 //!
@@ -51,6 +52,7 @@ mod bitmap;
 mod block;
 mod claim;
 mod dirty;
+mod fill;
 mod outcome;
 mod policy;
 mod pool;
@@ -65,6 +67,7 @@ pub use bitmap::PageBitmap;
 pub use block::{Backing, BlockName, BlockTable, LayoutError, MAX_BLOCKS, MAX_NAME, RamBlock, Treatment};
 pub use claim::{CapturedRun, Claim, MAX_SLOTS_PER_CLAIM, Origin, ReleasedRun, SlotId, SlotList};
 pub use dirty::DirtyPages;
+pub use fill::{Content, Fill, FillClaim, FillCounts, FillFault, FillOrigin, Filled, Holds, NextFill, RamFiller};
 pub use outcome::{Cause, Counts, Discard, FaultOutcome, Next, PageSearchStatus, RequestOutcome, SetupError, Worker};
 pub use policy::{Limits, WhenFull};
 pub use seams::{DirtyLog, Done, Event, OsError, RamSource, RamTarget, Residency, WriteTracker};

@@ -111,6 +111,14 @@ pub enum RamError {
         /// What the system answered.
         source: io::Error,
     },
+    /// Memory for guest RAM cannot be had.
+    #[error("cannot map {len:#x} bytes of anonymous memory for guest RAM")]
+    Allocate {
+        /// How much was asked for.
+        len: u64,
+        /// What the system answered.
+        source: io::Error,
+    },
     /// This system has no way to read guest RAM.
     #[error("{0}")]
     Unsupported(Missing),

@@ -136,8 +136,41 @@ impl Waiter {
     }
 }
 
+/// Waits for messages and puts what `take` makes of them into `events`, as many as there are and fit; see
+/// `WriteTracker::next_events`.
+pub(crate) fn next_events(
+    waiter: &Waiter,
+    uffd: &Uffd,
+    events: &mut [Event],
+    timeout_ms: Option<u32>,
+    take: &mut dyn FnMut(Message) -> Option<Event>,
+) -> Result<usize, OsError> {
+    let deadline = deadline(timeout_ms);
+    while waiter.wait(uffd, deadline)? == Woken::Messages {
+        let limit = events.len();
+        if limit == 0 {
+            return Ok(0);
+        }
+        let mut free = events.iter_mut();
+        let mut count = 0;
+        read_now(uffd, limit, &mut |message| {
+            if let Some(event) = take(message)
+                && let Some(place) = free.next()
+            {
+                *place = event;
+                count += 1;
+            }
+        })?;
+        // None: another thread's call has settled it since, or the message was not for the engine.
+        if count > 0 {
+            return Ok(count);
+        }
+    }
+    Ok(0)
+}
+
 /// When `timeout_ms` from now is (`None`: never).
-pub(crate) fn deadline(timeout_ms: Option<u32>) -> Option<Instant> {
+fn deadline(timeout_ms: Option<u32>) -> Option<Instant> {
     timeout_ms.and_then(|ms| Instant::now().checked_add(Duration::from_millis(u64::from(ms))))
 }
 

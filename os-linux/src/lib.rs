@@ -3,11 +3,15 @@
 //!
 //! - [`GuestRam`]: the RAM blocks of this process, what backs them, how to read and fill them.
 //! - [`Tracker`]: one userfaultfd context over them; implements [`WriteTracker`](ramshot_core::WriteTracker).
+//! - [`Filler`]: the way back, memory whose pages come in as they are touched; implements
+//!   [`RamFiller`](ramshot_core::RamFiller).
 //! - [`probe`], [`compatible`]: what this system offers and whether each block can be tracked, asked beforehand.
 //! - [`storage`]: file access at offsets.
+//! - [`MapTarget`]: memory that becomes a mapping of a file.
 //!
-//! All unsafe code of the project's library part stands in this crate: in `uffd` (ioctls), `ram` (guest memory by
-//! pointer), `populated` (PAGEMAP_SCAN), `event` (descriptors in messages), `storage` (statx), `dirty` (KVM's log) and `priority`.
+//! All unsafe code of the project's library part stands in this crate: in `uffd` (ioctls), `mapped` (mmap), `ram` and
+//! `anonymous` (guest memory by pointer), `filler`, `populated` (PAGEMAP_SCAN), `event` (descriptors in messages), `storage`
+//! (statx), `dirty` (KVM's log) and `priority`.
 //!
 //! ```
 //! # use std::sync::Arc;
@@ -43,12 +47,15 @@
 //! ```
 #![cfg_attr(test, allow(clippy::unwrap_used))]
 
+mod anonymous;
 mod backing;
 mod dirty;
 mod error;
 mod event;
+mod filler;
 #[cfg(feature = "vm-memory")]
 mod guest_memory;
+mod mapped;
 mod maps;
 mod populated;
 pub mod priority;
@@ -61,8 +68,11 @@ mod tracker;
 mod uapi;
 mod uffd;
 
+pub use anonymous::AnonymousRam;
 pub use dirty::{KvmDirtyLog, KvmSlot};
 pub use error::{Missing, RamError, TrackError};
+pub use filler::{Filler, FillerOptions};
+pub use mapped::MapTarget;
 pub use probe::{Probe, compatible, probe};
 pub use ram::{GuestRam, Region, RegionFile};
 pub use tracker::{Tracker, TrackerOptions};

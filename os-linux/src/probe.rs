@@ -5,7 +5,7 @@ use std::fmt;
 use nix::errno::Errno;
 use ramshot_core::{Backing, BlockIndex, RamBlock, Treatment};
 
-use crate::error::Missing;
+use crate::error::{Missing, TrackError};
 use crate::populated::PageTable;
 use crate::ram::GuestRam;
 use crate::register::{check_backing, check_block, register};
@@ -62,6 +62,31 @@ pub fn probe() -> Probe {
 /// The features the kernel offers that way.
 pub(crate) fn offered(way: Way) -> Result<u64, Failed> {
     Uffd::open(way)?.api(0)
+}
+
+/// A context that has of `wanted` what the kernel offers, and what that is. `/dev/userfaultfd` is tried first, then the
+/// system call, on any failure; the one of user mode only last, if it is allowed.
+pub(crate) fn open_context(wanted: u64, user_mode_only: bool) -> Result<(Uffd, u64), TrackError> {
+    let mut failures = Vec::new();
+    for way in Way::ALL.into_iter().filter(|&way| way != Way::UserModeOnly || user_mode_only) {
+        let open = || {
+            let features = offered(way)? & wanted;
+            let uffd = Uffd::open(way)?;
+            uffd.api(features)?;
+            Ok((uffd, features))
+        };
+        match open() {
+            Ok((uffd, features)) => {
+                log::debug!(target: "ramshot::track", "opened {way}, features {features:#x}");
+                if way == Way::UserModeOnly {
+                    log::warn!(target: "ramshot::track", "user mode only: accesses by the kernel (KVM) will fail");
+                }
+                return Ok((uffd, features));
+            }
+            Err(failed) => failures.push((way, failed)),
+        }
+    }
+    Err(TrackError::Unavailable(unavailable(&failures, user_mode_only)))
 }
 
 impl Probe {

@@ -115,6 +115,11 @@ impl GuestRam {
         Ok(Self { table, pieces, lent: Mutex::new(Vec::new()), _keep: keep })
     }
 
+    /// From now on [`RamTarget::with_mut`] refuses: others hold references into this memory.
+    pub(crate) fn never_filled(&mut self) {
+        self.pieces.iter_mut().flatten().for_each(|piece| piece.writable = false);
+    }
+
     pub(crate) fn pieces(&self) -> &[Vec<Piece>] {
         &self.pieces
     }
@@ -148,7 +153,7 @@ impl RamSource for GuestRam {
 
 impl RamTarget for GuestRam {
     /// Only for RAM that no vCPU or device runs on. `EBUSY` for a range of which another call has a part in hand;
-    /// `EACCES` for a block mapped read-only.
+    /// `EACCES` for a block mapped read-only, or lent out by [`AnonymousRam`](crate::AnonymousRam).
     fn with_mut(&self, at: HostAddr, len: usize, fill: &mut dyn FnMut(&mut [u8])) -> Result<(), OsError> {
         const OP: &str = "filling guest RAM";
         let (target, index) = self.pointer(OP, at, len)?;

@@ -1,7 +1,7 @@
 //! Registering blocks with a userfaultfd, and why it may be refused.
 
 use nix::errno::Errno;
-use ramshot_core::{Backing, RamBlock};
+use ramshot_core::{Backing, HostRange, RamBlock};
 
 use crate::error::Missing;
 use crate::uapi;
@@ -62,6 +62,65 @@ pub(crate) fn register(uffd: &Uffd, block: &RamBlock, prior: u64) -> Result<(), 
         ));
     }
     Ok(())
+}
+
+/// Whether pages of `block` can come in late.
+pub(crate) fn check_missing(block: &RamBlock, features: u64) -> Result<(), Missing> {
+    let (why, remedy) = match block.backing {
+        Backing::File | Backing::Foreign => (
+            "userfaultfd fills anonymous memory, memfd and hugetlbfs, and this is neither",
+            "restore eagerly (SnapshotFile::restore_into), or use such memory",
+        ),
+        Backing::Shmem if features & uapi::FEATURE_MISSING_SHMEM == 0 => {
+            ("the kernel does not offer UFFD_FEATURE_MISSING_SHMEM", "it takes Linux 4.11; restore eagerly")
+        }
+        Backing::HugeTlb if features & uapi::FEATURE_MISSING_HUGETLBFS == 0 => {
+            ("the kernel does not offer UFFD_FEATURE_MISSING_HUGETLBFS", "it takes Linux 4.11; restore eagerly")
+        }
+        _ => return Ok(()),
+    };
+    Err(Missing::new(what_lazily(block), why, remedy))
+}
+
+/// Registers the whole of `block` for missing pages; the bits of the ioctls that work on it. After an error nothing of it
+/// is registered.
+pub(crate) fn register_missing(uffd: &Uffd, block: &RamBlock) -> Result<u64, Missing> {
+    let range = block.mapping();
+    let ioctls = uffd.register(range, uapi::REGISTER_MODE_MISSING).map_err(|errno| {
+        if errno == Errno::ENOMEM {
+            // The only refusal that can come half-way.
+            let _ = uffd.unregister(range);
+        }
+        let (why, remedy) = match errno {
+            Errno::EBUSY => (
+                "another userfaultfd is registered there, and the kernel allows one",
+                "end what it is used for first (a live snapshot, another lazy restore)",
+            ),
+            Errno::EINVAL => ("the mapping is of a kind this kernel cannot fill, or has changed", "restore eagerly"),
+            Errno::EPERM => ("the mapping can never be written", "map it writable, or restore eagerly"),
+            _ => explain(errno),
+        };
+        Missing::new(what_lazily(block), format!("UFFDIO_REGISTER: {errno}: {why}"), remedy)
+    })?;
+    if ioctls & uapi::CAN_COPY == 0 {
+        let _ = uffd.unregister(range);
+        let why = format!("it registers, but cannot be filled (ioctls {ioctls:#x})");
+        return Err(Missing::new(what_lazily(block), why, "use a newer kernel, or restore eagerly"));
+    }
+    Ok(ioctls)
+}
+
+/// That there is something in `block` already.
+pub(crate) fn not_fresh(block: &RamBlock, range: HostRange) -> Missing {
+    Missing::new(
+        what_lazily(block),
+        format!("{range} holds something already, and what is there already is not filled"),
+        "give it fresh memory: nothing written, nothing read, no MAP_POPULATE, a memfd with nothing in it",
+    )
+}
+
+fn what_lazily(block: &RamBlock) -> String {
+    format!("lazy restore of RAM block {:?} at {} ({:?})", block.name, block.mapping(), block.backing)
 }
 
 fn what(block: &RamBlock) -> String {

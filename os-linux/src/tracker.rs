@@ -13,7 +13,7 @@ use nix::fcntl::{FcntlArg, OFlag, fcntl};
 use ramshot_core::{Done, Event, HostRange, OsError, RamBlock, Residency, Treatment, WriteTracker};
 
 use crate::error::{Missing, TrackError};
-use crate::event::{self, Message, Waiter, Woken};
+use crate::event::{self, Message, Waiter};
 use crate::populated::{PageTable, populated};
 use crate::probe::{self, WANTED};
 use crate::ram::GuestRam;
@@ -97,26 +97,8 @@ impl Tracker {
     /// # Errors
     /// What is missing; nothing stays open or registered.
     pub fn open(ram: Arc<GuestRam>, options: &TrackerOptions) -> Result<Self, TrackError> {
-        let mut failures = Vec::new();
-        for way in Way::ALL.into_iter().filter(|&way| way != Way::UserModeOnly || options.user_mode_only) {
-            let open = || {
-                let features = probe::offered(way)? & WANTED;
-                let uffd = Uffd::open(way)?;
-                uffd.api(features)?;
-                Ok((uffd, features))
-            };
-            match open() {
-                Ok((uffd, features)) => {
-                    log::debug!(target: "ramshot::track", "opened {way}, features {features:#x}");
-                    if way == Way::UserModeOnly {
-                        log::warn!(target: "ramshot::track", "user mode only: writes by the kernel (KVM) will fail");
-                    }
-                    return Self::start(uffd, features, ram, options, |_| 0);
-                }
-                Err(failed) => failures.push((way, failed)),
-            }
-        }
-        Err(TrackError::Unavailable(probe::unavailable(&failures, options.user_mode_only)))
+        let (uffd, features) = probe::open_context(WANTED, options.user_mode_only)?;
+        Self::start(uffd, features, ram, options, |_| 0)
     }
 
     /// Takes over a userfaultfd of this process on which UFFDIO_API has been called: the one that a lazy restore runs
@@ -365,28 +347,7 @@ impl WriteTracker for Tracker {
     }
 
     fn next_events(&self, events: &mut [Event], timeout_ms: Option<u32>) -> Result<usize, OsError> {
-        let deadline = event::deadline(timeout_ms);
-        while self.waiter.wait(&self.uffd, deadline)? == Woken::Messages {
-            let limit = events.len();
-            if limit == 0 {
-                return Ok(0);
-            }
-            let mut free = events.iter_mut();
-            let mut count = 0;
-            event::read_now(&self.uffd, limit, &mut |message| {
-                if let Some(event) = self.take(message)
-                    && let Some(place) = free.next()
-                {
-                    *place = event;
-                    count += 1;
-                }
-            })?;
-            // None: another thread's release has settled it since, or the message was not for the engine.
-            if count > 0 {
-                return Ok(count);
-            }
-        }
-        Ok(0)
+        event::next_events(&self.waiter, &self.uffd, events, timeout_ms, &mut |message| self.take(message))
     }
 
     fn interrupt(&self) {

@@ -1,9 +1,9 @@
 //! The kernel's side of the contract: every constant, structure and ioctl number of `linux/userfaultfd.h` and of
-//! `PAGEMAP_SCAN` (`linux/fs.h`) that this crate uses or that lazy restore will need. Nothing else in the crate names a number.
+//! `PAGEMAP_SCAN` (`linux/fs.h`) that this crate uses. Nothing else in the crate names a number.
 //!
 //! Each ioctl number is computed from its parts and compared at compile time with the literal of the kernel headers,
 //! so neither a mistyped part nor a structure of the wrong size gets past the compiler.
-#![allow(dead_code)] // Some definitions wait for lazy restore.
+#![allow(dead_code)] // Some definitions stand here for completeness.
 
 use nix::{request_code_none, request_code_read, request_code_readwrite, request_code_write};
 
@@ -24,6 +24,12 @@ const NR_CONTINUE: u8 = 0x07;
 const NR_POISON: u8 = 0x08;
 const NR_API: u8 = 0x3F;
 
+/// Bits of `UffdioRegister::ioctls`: what works on the range.
+pub(crate) const CAN_COPY: u64 = 1 << NR_COPY;
+/// Not on hugetlbfs.
+pub(crate) const CAN_ZEROPAGE: u64 = 1 << NR_ZEROPAGE;
+/// Since 6.6.
+pub(crate) const CAN_POISON: u64 = 1 << NR_POISON;
 /// Bit of `UffdioRegister::ioctls`: the range can be write-protected.
 pub(crate) const CAN_WRITEPROTECT: u64 = 1 << NR_WRITEPROTECT;
 

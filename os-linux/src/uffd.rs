@@ -5,9 +5,11 @@ use std::fs::File;
 use std::os::fd::{AsFd, AsRawFd, BorrowedFd, FromRawFd, OwnedFd, RawFd};
 
 use nix::errno::Errno;
-use ramshot_core::HostRange;
+use ramshot_core::{HostAddr, HostRange};
 
-use crate::uapi::{self, UffdioApi, UffdioRange, UffdioRegister, UffdioWriteprotect};
+use crate::uapi::{
+    self, UffdioApi, UffdioCopy, UffdioPoison, UffdioRange, UffdioRegister, UffdioWriteprotect, UffdioZeropage,
+};
 
 /// How a userfaultfd is got.
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
@@ -52,6 +54,22 @@ impl fmt::Display for Failed {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         // Errno prints as "EACCES: Permission denied".
         write!(f, "{}: {}", self.op, self.errno)
+    }
+}
+
+/// Why a range was not filled to its end, and how far it was.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+pub(crate) struct Stopped {
+    /// Bytes from its start.
+    pub(crate) done: u64,
+    /// EAGAIN with some bytes done means only that: the call says why when it is repeated from there.
+    pub(crate) errno: Errno,
+}
+
+impl Stopped {
+    /// `done` is the kernel's last field: bytes, or a negative error number.
+    fn after(result: nix::Result<i32>, done: i64) -> Result<(), Self> {
+        result.map(drop).map_err(|errno| Self { done: u64::try_from(done).unwrap_or(0), errno })
     }
 }
 
@@ -123,6 +141,35 @@ impl Uffd {
         // SAFETY: the descriptor is open and `arg` is a live `uffdio_writeprotect`. Protecting changes no byte: at
         // worst a writer waits.
         unsafe { uapi::ioctl_writeprotect(self.raw(), &raw mut arg) }.map(drop)
+    }
+
+    /// UFFDIO_COPY: puts `bytes` at `at`, where no page may be, and wakes who waits there.
+    pub(crate) fn copy(&self, at: HostAddr, bytes: &[u8]) -> Result<(), Stopped> {
+        let len = u64::try_from(bytes.len()).unwrap_or(u64::MAX);
+        // The kernel reads through the address.
+        let src = u64::try_from(bytes.as_ptr().expose_provenance()).unwrap_or(0);
+        let mut arg = UffdioCopy { dst: at.0, src, len, mode: 0, done: 0 };
+        // SAFETY: the descriptor is open, `arg` is a live `uffdio_copy`, `bytes` is readable for `len` bytes. The kernel
+        // writes only where no page is in a mapping that is registered here, so nobody has read those bytes: who tried
+        // to is blocked.
+        let result = unsafe { uapi::ioctl_copy(self.raw(), &raw mut arg) };
+        Stopped::after(result, arg.done)
+    }
+
+    /// UFFDIO_ZEROPAGE: puts zeros into `range`, where no page may be, and wakes who waits there. Not for hugetlbfs.
+    pub(crate) fn zeropage(&self, range: HostRange) -> Result<(), Stopped> {
+        let mut arg = UffdioZeropage { range: uffdio_range(range), mode: 0, done: 0 };
+        // SAFETY: the descriptor is open and `arg` is a live `uffdio_zeropage`. Writes only where no page is, as `copy`.
+        let result = unsafe { uapi::ioctl_zeropage(self.raw(), &raw mut arg) };
+        Stopped::after(result, arg.done)
+    }
+
+    /// UFFDIO_POISON (6.6): accesses to `range`, where no page may be, fail from now on; wakes who waits there.
+    pub(crate) fn poison(&self, range: HostRange) -> Result<(), Stopped> {
+        let mut arg = UffdioPoison { range: uffdio_range(range), mode: 0, done: 0 };
+        // SAFETY: the descriptor is open and `arg` is a live `uffdio_poison`. No byte changes that anybody can have read.
+        let result = unsafe { uapi::ioctl_poison(self.raw(), &raw mut arg) };
+        Stopped::after(result, arg.done)
     }
 
     /// Reads messages, as many as there are and fit; EAGAIN if there is none.

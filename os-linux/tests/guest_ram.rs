@@ -4,11 +4,12 @@
 mod common;
 
 use std::sync::Arc;
+use std::sync::atomic::Ordering;
 
 use common::{Memory, PAGE, ram};
 use nix::sys::mman::{MapFlags, ProtFlags};
 use ramshot_core::{Backing, GuestAddr, RamSource, RamTarget, Treatment};
-use ramshot_linux::{GuestRam, RamError, Region, RegionFile};
+use ramshot_linux::{AnonymousRam, GuestRam, RamError, Region, RegionFile};
 
 fn refused(regions: Vec<Region>) -> RamError {
     // SAFETY: refused, so nothing is ever followed.
@@ -162,4 +163,26 @@ fn the_position_of_the_vmms_file_is_left_alone() {
     let tracker = common::open(&Arc::clone(&memory.ram()));
     assert_eq!(common::populated(&tracker, 0), [memory.range(PAGE, PAGE)]);
     assert_eq!(file.stream_position().unwrap(), 123);
+}
+
+#[test]
+fn anonymous_ram_is_shared_read_and_never_filled() {
+    let memory = Arc::new(AnonymousRam::new(4 * PAGE as u64).unwrap());
+    let ram = GuestRam::from_anonymous(Arc::clone(&memory)).unwrap();
+    let block = ram.table().blocks()[0];
+    assert_eq!((block.len, block.backing, block.guest.0), (4 * PAGE as u64, Backing::Anonymous, 0));
+    memory.words()[3 * PAGE / 8].store(0x1122, Ordering::Relaxed);
+    let mut word = [0; 8];
+    ram.read(block.host.checked_add(3 * PAGE as u64).unwrap(), &mut word).unwrap();
+    assert_eq!(u64::from_ne_bytes(word), 0x1122);
+    assert_eq!(memory.words().len(), 4 * PAGE / 8);
+    let error = ram.with_mut(block.host, PAGE, &mut |_| panic!("filled")).unwrap_err();
+    assert_eq!(error.errno, libc::EACCES);
+    // The memory lives as long as what was made of it.
+    drop(memory);
+    ram.read(block.host, &mut word).unwrap();
+    for len in [0, 1, u64::MAX] {
+        let outcome = AnonymousRam::new(len).and_then(|memory| GuestRam::from_anonymous(Arc::new(memory)));
+        assert!(outcome.is_err(), "{len}");
+    }
 }

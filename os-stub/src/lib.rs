@@ -24,16 +24,22 @@
 //! ```
 #![forbid(unsafe_code)]
 
+mod anonymous;
 mod dirty;
 mod error;
+mod filler;
+mod mapped;
 pub mod priority;
 mod probe;
 mod ram;
 pub mod storage;
 mod tracker;
 
+pub use anonymous::AnonymousRam;
 pub use dirty::{KvmDirtyLog, KvmSlot};
 pub use error::{Missing, RamError, TrackError};
+pub use filler::{Filler, FillerOptions};
+pub use mapped::MapTarget;
 pub use probe::{Probe, compatible, probe};
 pub use ram::{GuestRam, Region, RegionFile};
 pub use tracker::{Tracker, TrackerOptions};

@@ -12,6 +12,9 @@
 //! of threads, beside its final name, and renames it into place when it is complete; [`SnapshotFile`] opens one,
 //! verifies it and fills guest RAM from it.
 //!
+//! An increment is such a file that names its parent. [`Chain`] opens it with all its ancestors; [`PageSource`] is what both
+//! are to a restore. [`flatten`] makes one file of a chain, [`rebase`] moves an increment onto another parent.
+//!
 //! # Invariants
 //! - A file that opens is complete: its length, header, directory and every section were checked before
 //!   [`SnapshotFile::open`] returned. Page bytes are checked when they are read.
@@ -25,6 +28,7 @@ mod chain;
 mod error;
 mod format;
 mod index;
+mod mapped;
 mod merge;
 mod pages;
 mod parallel;
@@ -61,11 +65,12 @@ use ramshot_core::{Backing, BlockName, GuestAddr, PageId, Run, Treatment};
 
 pub use chain::{Chain, ChainError, Looked, MAX_CHAIN};
 pub use error::{CreateError, LayoutMismatch, OpenError, OpenErrorKind, ReadError, ReadErrorKind, RestoreError};
+pub use mapped::MapError;
 pub use merge::{MergeError, MergeOptions, MergeReport, flatten, rebase};
 pub use reader::SnapshotFile;
 pub use restore::RestoreReport;
 pub use sink::{FileSink, FileSinkOptions};
-pub use source::{PageSource, check_whole, match_blocks};
+pub use source::{PageSource, match_blocks};
 pub use verify::VerifyReport;
 
 /// What a snapshot knows of one page.
@@ -164,6 +169,15 @@ impl FileBlock {
     pub const fn run(&self) -> Run {
         Run::new(self.first_page, self.pages())
     }
+}
+
+/// Where the next stored data of any file begins, at byte `at` or after it; `None` if only a hole follows. For importers of
+/// sparse memory images. A system or file system that knows no holes answers `at`.
+///
+/// # Errors
+/// What the system answered.
+pub fn next_data(file: &std::fs::File, at: u64) -> std::io::Result<Option<u64>> {
+    crate::os::storage::next_data(file, at)
 }
 
 /// The block that holds `page`, with its position. Blocks lie in page order; ignored ones are empty.

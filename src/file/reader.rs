@@ -129,6 +129,11 @@ impl SnapshotFile {
         self.meta.states.runs_from(PageId(0))
     }
 
+    /// The pages from `page` on, as [`state_runs`](Self::state_runs): the first run may start before it.
+    pub fn state_runs_from(&self, page: PageId) -> impl Iterator<Item = StateRun> {
+        self.meta.states.runs_from(page).skip_while(move |part| part.run.end() <= page)
+    }
+
     /// The embedder's device state, as it was given.
     #[must_use]
     pub fn device_state(&self) -> &[u8] {
@@ -169,6 +174,19 @@ impl SnapshotFile {
             PageState::InParent => {}
         }
         Ok(state)
+    }
+
+    /// The CRC-32C that was written for a page; `None` if it has no data here. Pages with different ones are different;
+    /// pages with the same one are almost certainly, but not provably, the same.
+    #[must_use]
+    pub fn page_checksum(&self, page: PageId) -> Option<u32> {
+        if page.0 >= self.pages() {
+            return None;
+        }
+        match self.meta.states.state(page) {
+            (PageState::Data, rank) => self.meta.crcs.get(usize::try_from(rank).ok()?).map(|crc| crc.get()),
+            _ => None,
+        }
     }
 
     /// Reads consecutive pages, all of which must have data here, and checks each.

@@ -38,23 +38,7 @@ impl SnapshotFile {
         ram: &dyn RamTarget,
         threads: usize,
     ) -> Result<RestoreReport, RestoreError> {
-        // Another VM is the first thing to say.
-        self.check_layout(table).map_err(|mismatch| RestoreError::Layout { path: self.path().to_owned(), mismatch })?;
-        self.check_alone()?;
         restore(self, self.path(), table, ram, threads)
-    }
-
-    /// Checks that this file alone is a whole image: that none of its pages is in a parent.
-    ///
-    /// # Errors
-    /// [`RestoreError::NeedsParent`]: open the [`Chain`](super::Chain).
-    pub fn check_alone(&self) -> Result<(), RestoreError> {
-        match (self.parent(), self.in_parent_pages()) {
-            (Some(parent), pages @ 1..) => {
-                Err(RestoreError::NeedsParent { path: self.path().to_owned(), parent: parent.id, pages })
-            }
-            _ => Ok(()),
-        }
     }
 }
 
@@ -71,6 +55,7 @@ pub(super) fn restore(
     let host = |index: Option<_>| index.and_then(|index| table.block(index)).map(|block| block.host);
     let hosts: Vec<Option<HostAddr>> = matched.into_iter().map(host).collect();
 
+    source.check_whole()?;
     let mut report = RestoreReport { data_pages: 0, zero_pages: 0 };
     let mut plan = Batches::new();
     for extent in extents(source) {

@@ -1,4 +1,4 @@
-//! What a restore reads from: the pages of a whole image, wherever they are stored.
+//! What a restore reads from: a whole image, whether it is one file or a chain of them.
 
 use ramshot_core::{BlockIndex, BlockTable, PageId, Run, Treatment};
 
@@ -18,57 +18,67 @@ pub trait PageSource: Send + Sync {
     fn pages(&self) -> u64;
 
     /// The longest run from `first` on whose pages are all zero, or all data that one [`read_run`](Self::read_run) can
-    /// read. Never [`InParent`](PageState::InParent). None: no such page.
+    /// read. Never [`InParent`](PageState::InParent). `None`: no such page.
     fn extent(&self, first: PageId) -> Option<StateRun>;
 
     /// Reads the pages of one data extent (or a part of it) and checks every page's CRC.
     ///
     /// # Errors
-    /// No such pages or pages without data, they cannot be read, or one is damaged (`into` holds its bytes then).
+    /// The first page that cannot be read or is damaged; what `into` holds then is of no use.
     fn read_run(&self, first: PageId, into: &mut [u8]) -> Result<(), ReadError>;
 
     /// The device state of the snapshot itself.
     fn device_state(&self) -> &[u8];
+
+    /// Whether it has every page. A single file that has a parent does not: open the chain.
+    ///
+    /// # Errors
+    /// [`RestoreError::NeedsParent`].
+    fn check_whole(&self) -> Result<(), RestoreError> {
+        Ok(())
+    }
 }
 
-/// A snapshot that holds all of its pages. One that has pages in a parent says `None` for them, so it is no whole image: who
-/// restores from it without [`check_whole`] finds a gap, never zeros. Its [`Chain`](super::Chain) is whole.
+/// A file without a parent is a whole image. Of one with a parent, [`check_whole`](PageSource::check_whole) says what is
+/// missing, and the pages that the parent has are not there: its [`Chain`](super::Chain) has them.
 impl PageSource for SnapshotFile {
     fn blocks(&self) -> &[FileBlock] {
-        self.blocks()
+        Self::blocks(self)
     }
 
     fn pages(&self) -> u64 {
-        self.pages()
+        Self::pages(self)
     }
 
     fn extent(&self, first: PageId) -> Option<StateRun> {
-        if first.0 >= self.pages() {
+        if first.0 >= Self::pages(self) {
             return None;
         }
-        // The first of them may lie wholly before it.
-        let mut parts = self.meta().states.runs_from(first).skip_while(|part| part.run.end() <= first);
+        let mut parts = self.state_runs_from(first);
         let StateRun { run, state } = parts.next().filter(|part| part.state != PageState::InParent)?;
         let last = parts.take(NEIGHBOURS).take_while(|part| part.state == state).last();
         let end = last.map_or(run.end(), |part| part.run.end());
-        Some(StateRun { run: Run::new(first, end.0 - first.0), state })
+        Some(StateRun { run: Run::new(first, end.0.checked_sub(first.0)?), state })
     }
 
     fn read_run(&self, first: PageId, into: &mut [u8]) -> Result<(), ReadError> {
-        self.read_run(first, into)
+        Self::read_run(self, first, into)
     }
 
     fn device_state(&self) -> &[u8] {
-        self.device_state()
+        Self::device_state(self)
     }
-}
 
-/// Checks that every page of `source` is zero or data: that a restore from it will find them all.
-///
-/// # Errors
-/// [`RestoreError::Incomplete`] with the first page it does not have: it is a lone increment.
-pub fn check_whole(source: &dyn PageSource) -> Result<(), RestoreError> {
-    extents(source).try_for_each(|extent| extent.map(drop))
+    fn check_whole(&self) -> Result<(), RestoreError> {
+        match self.parent() {
+            Some(parent) if self.in_parent_pages() > 0 => Err(RestoreError::NeedsParent {
+                path: self.path().to_owned(),
+                parent: parent.id,
+                pages: self.in_parent_pages(),
+            }),
+            _ => Ok(()),
+        }
+    }
 }
 
 /// All extents of `source`, one behind the other; ends with the first page it does not have.
@@ -93,8 +103,8 @@ pub(super) fn extents(source: &dyn PageSource) -> impl Iterator<Item = Result<St
     })
 }
 
-/// For each block of an image, its block in `table`: the one of that name, which must have the same guest address and length
-/// in use. `None` for ignored ones, which count on neither side.
+/// For each of the image's `blocks`, its block in `table`: the same name, at the same guest address, with the same length in
+/// use, in any order. `None` for ignored ones, which count on neither side.
 ///
 /// # Errors
 /// The first difference, with both values.

@@ -265,3 +265,32 @@ fn the_example_of_the_specification() {
         .collect();
     assert_eq!(printed, written, "the document should say:\n{}", written.join("\n"));
 }
+
+#[test]
+fn checksums_and_states_of_single_pages_are_told() {
+    let dir = tempfile::tempdir().unwrap();
+    let path = dir.path().join("snap");
+    let flat = some_ram(40, 3);
+    snapshot(&path, &two_blocks(20, 20), &flat);
+    let file = SnapshotFile::open(&path).unwrap();
+    for (page, bytes) in (0..).zip(flat.chunks(PAGE)) {
+        let expected = (page % 4 != 0).then(|| crc32c::crc32c(bytes));
+        assert_eq!(file.page_checksum(PageId(page)), expected, "page {page}");
+        let run = file.state_runs_from(PageId(page)).next().unwrap().run;
+        assert!(run.contains(PageId(page)), "page {page}: {run:?}");
+    }
+    assert_eq!(file.page_checksum(PageId(40)), None);
+    assert!(file.state_runs_from(PageId(40)).next().is_none());
+}
+
+#[test]
+fn stored_data_is_found_behind_a_hole() {
+    let dir = tempfile::tempdir().unwrap();
+    let path = dir.path().join("sparse");
+    File::create(&path).unwrap();
+    poke(&path, 8 << 20, 1);
+    let file = File::open(&path).unwrap();
+    let found = super::next_data(&file, 0).unwrap().unwrap();
+    assert!(found <= 8 << 20, "{found}");
+    assert_eq!(super::next_data(&file, 8 << 20).unwrap(), Some(8 << 20));
+}

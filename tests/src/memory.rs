@@ -281,6 +281,19 @@ impl Memory {
         self.regions.iter().map(copy_region).collect()
     }
 
+    /// The whole content, region after region, read as the guest reads it: through the mapping, touching every page.
+    ///
+    /// # Errors
+    /// Never in practice: the regions are RAM.
+    pub fn read_all(&self) -> Result<Vec<Vec<u8>>, MemoryError> {
+        let read = |info: &RegionInfo| {
+            let mut bytes = vec![0; to_usize(info.len)?];
+            self.read(info.guest, &mut bytes)?;
+            Ok(bytes)
+        };
+        self.regions.iter().map(read).collect()
+    }
+
     /// Fills RAM with what [`copy`](Self::copy) gave, zero pages left untouched. RAM has to be fresh.
     ///
     /// # Errors

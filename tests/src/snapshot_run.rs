@@ -2,13 +2,18 @@
 //! program, the soak and the fault tests have in common.
 
 use std::error::Error;
+use std::fmt;
+use std::str::FromStr;
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 use ramshot::core::{PageId, RamTarget, Run};
-use ramshot::{GuestRam, Live, Pending, Prepared, RamError, SnapshotFailed, SnapshotFile};
+use ramshot::file::PageSource;
+use ramshot::{
+    GuestRam, LazyOptions, LazyRestore, Live, MapTarget, Pending, Prepared, RamError, SnapshotFailed, SnapshotFile,
+};
 
-use crate::{Accel, Backing, CheckReport, Guest, GuestConfig, GuestError, Memory, new_guest, verify};
+use crate::{Accel, Backing, CheckReport, Guest, GuestConfig, GuestError, Memory, Workload, new_guest, verify};
 
 /// The RAM of `guest`, as ramshot wants it described.
 ///
@@ -141,6 +146,103 @@ fn overlay(files: &[SnapshotFile], ram: &GuestRam) -> Result<(), Box<dyn Error>>
         }
     }
     Ok(())
+}
+
+/// How a snapshot is given back.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+pub enum RestoreMode {
+    /// All of it, then the guest runs.
+    Eager,
+    /// Mapped from the file.
+    Mapped,
+    /// The guest runs, its pages come in.
+    Lazy,
+}
+
+impl fmt::Display for RestoreMode {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str(match self {
+            Self::Eager => "eager",
+            Self::Mapped => "mapped",
+            Self::Lazy => "lazy",
+        })
+    }
+}
+
+impl FromStr for RestoreMode {
+    type Err = GuestError;
+
+    fn from_str(s: &str) -> Result<Self, GuestError> {
+        match s {
+            "eager" => Ok(Self::Eager),
+            "mapped" => Ok(Self::Mapped),
+            "lazy" => Ok(Self::Lazy),
+            _ => Err(GuestError::Config(format!("unknown restore mode {s:?}: it is one of eager, mapped, lazy"))),
+        }
+    }
+}
+
+/// Maps `file` into `memory`, which nobody has touched.
+///
+/// # Errors
+/// What ramshot says.
+pub fn map_into(file: &SnapshotFile, memory: &Memory) -> Result<(), Box<dyn Error>> {
+    let ram = Arc::new(GuestRam::from_guest_memory(Arc::clone(memory.guest()))?);
+    // SAFETY: `Memory` owns its mappings and unmaps them by address; no guest is in them yet, and no reference is ever made.
+    let target = unsafe { MapTarget::new(ram) };
+    file.map_into(&target)?;
+    Ok(())
+}
+
+/// A guest that was given back and runs.
+pub struct Running {
+    /// The guest.
+    pub guest: Box<dyn Guest>,
+    /// From the call that restores to the guest's first write that can be seen (if it writes; else to its resume).
+    pub first_instruction: Duration,
+    /// How long the call took that restores its memory.
+    pub call: Duration,
+    /// What brings its pages in.
+    pub lazy: Option<LazyRestore>,
+}
+
+/// Restores `file` into fresh memory and a new guest, which runs as soon as `mode` lets it.
+///
+/// # Errors
+/// The file, the memory or the guest: whatever does not work.
+pub fn restore_and_run(
+    accel: Accel,
+    config: GuestConfig,
+    (size, backing): (u64, Backing),
+    file: &Arc<SnapshotFile>,
+    (mode, options): (RestoreMode, &LazyOptions),
+) -> Result<Running, Box<dyn Error>> {
+    let memory = Memory::new(size, backing)?;
+    let guest = new_guest(accel, Arc::clone(&memory), config)?;
+    let start = Instant::now();
+    let mut lazy = None;
+    if mode == RestoreMode::Mapped {
+        map_into(file, &memory)?;
+    } else {
+        let ram = Arc::new(GuestRam::from_guest_memory(Arc::clone(memory.guest()))?);
+        if mode == RestoreMode::Lazy {
+            lazy = Some(ramshot::lazy(Arc::clone(file) as Arc<dyn PageSource>, &ram, options)?);
+        } else {
+            file.restore_into(ram.table(), ram.as_ref(), 2)?;
+        }
+    }
+    let call = start.elapsed();
+    guest.restore(file.device_state())?;
+    let before = guest.writes()?;
+    guest.resume()?;
+    let patience = Duration::from_secs(20);
+    while config.workload != Workload::Idle && guest.writes()? == before {
+        if start.elapsed() > patience {
+            return Err(format!("the restored guest does not write within {patience:?}").into());
+        }
+        std::hint::spin_loop();
+    }
+    Ok(Running { guest, first_instruction: start.elapsed(), call, lazy })
 }
 
 /// Has the guest check its memory; what it found wrong is added to `problems`.

@@ -5,11 +5,13 @@ use xshell::{Shell, cmd};
 use crate::{Outcome, setup};
 
 /// Target and the packages that must build for it.
+///
+/// The command needs files and threads, so not where there are none (wasm).
 const TARGETS: [(&str, &[&str]); 5] = [
     ("x86_64-unknown-none", &["ramshot-core"]),
-    ("aarch64-unknown-linux-gnu", &["ramshot", "ramshot-linux", "ramshot-stub"]),
-    ("aarch64-apple-darwin", &["ramshot", "ramshot-stub"]),
-    ("x86_64-pc-windows-gnu", &["ramshot", "ramshot-stub"]),
+    ("aarch64-unknown-linux-gnu", &["ramshot", "ramshot-linux", "ramshot-stub", "ramshot-cli"]),
+    ("aarch64-apple-darwin", &["ramshot", "ramshot-stub", "ramshot-cli"]),
+    ("x86_64-pc-windows-gnu", &["ramshot", "ramshot-stub", "ramshot-cli"]),
     ("wasm32-unknown-unknown", &["ramshot", "ramshot-stub"]),
 ];
 

@@ -80,17 +80,17 @@ fn oldest_compiler(shell: &Shell) -> Outcome {
     Ok(cmd!(shell, "cargo +{MSRV} check --workspace --quiet --locked --target-dir {dir}").run()?)
 }
 
-/// Small, but every accelerator, workload, backing and mode at least once.
+/// Small, but every accelerator, workload, backing, mode and way of restoring at least once.
 fn matrix() -> Outcome {
     let cases = [
         "--mem 256M --vcpus 2 --workload random --backing anon",
-        "--mem 256M --vcpus 1 --workload seq --backing thp",
-        "--mem 256M --vcpus 2 --workload random --backing memfd",
-        "--mem 256M --vcpus 1 --workload random --backing hugetlb",
-        "--mem 128M --vcpus 1 --workload idle --backing anon",
-        "--mem 256M --vcpus 2 --workload random --backing anon --accel threads",
+        "--mem 256M --vcpus 1 --workload seq --backing thp --restore lazy",
+        "--mem 256M --vcpus 2 --workload random --backing memfd --restore lazy",
+        "--mem 256M --vcpus 1 --workload random --backing hugetlb --restore lazy",
+        "--mem 128M --vcpus 1 --workload idle --backing anon --restore mapped",
+        "--mem 256M --vcpus 2 --workload random --backing anon --accel threads --restore lazy --restores 2",
         "--mem 256M --vcpus 1 --workload seq --backing memfd --accel threads",
-        "--mem 256M --vcpus 2 --workload random --backing anon --mode precopy",
+        "--mem 256M --vcpus 2 --workload random --backing anon --mode precopy --restore mapped",
         "--mem 256M --vcpus 1 --workload seq --backing memfd --mode precopy",
         "--mem 128M --vcpus 2 --workload random --working-set 16M --backing anon --mode incremental --chain 10",
         "--mem 128M --vcpus 1 --workload seq --working-set 8M --backing memfd --mode incremental --chain 2",

@@ -1,9 +1,11 @@
 //! Tests that see the inside of the crate.
 #![allow(clippy::unwrap_used)]
 
+mod ahead;
 mod blocks;
 mod defect;
 mod explore;
+mod fill;
 mod order;
 mod pressure;
 mod properties;
@@ -11,3 +13,4 @@ mod random;
 pub(crate) mod rig;
 
 pub(crate) use defect::Defect;
+pub(crate) use fill::FillDefect;

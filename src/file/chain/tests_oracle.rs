@@ -8,9 +8,10 @@ use ramshot_core::{BlockTable, PageId, RamBlock};
 
 use super::Chain;
 use crate::file::format::PAGE;
+use crate::file::source::extents;
 use crate::file::tests_round_trip::{Content, blocks};
 use crate::file::tests_support::{Layer, TestRam, memory, read_all, table, write_chain, write_layer};
-use crate::file::{PageSource, PageState, RestoreError, SnapshotFile, check_whole};
+use crate::file::{PageSource, PageState, RestoreError, SnapshotFile};
 
 fn content() -> impl Strategy<Value = Content> {
     prop_oneof![3 => Just(Content::NeverGiven), 2 => Just(Content::Zero), 3 => (1..=255u8).prop_map(Content::Data)]
@@ -43,15 +44,16 @@ fn check(blocks: &[RamBlock], layers: &[Layer], window: usize) {
     assert_eq!(chain.depth(), layers.len());
     assert_eq!(chain.device_state(), format!("device {path:?}").as_bytes());
     assert_eq!(read_all(&chain), flat);
-    check_whole(&chain).unwrap();
+    chain.check_whole().unwrap();
+    assert!(extents(&chain).all(|extent| extent.is_ok()));
     check_extents(&chain, layers);
     check_windows(&chain, &flat, window);
 
     // Each file knows what it has: a lone increment with pages elsewhere is refused, whoever asks.
     for file in chain.files() {
-        let alone = file.check_alone();
-        assert_eq!(alone.is_ok(), file.in_parent_pages() == 0);
-        assert_eq!(check_whole(file).is_ok(), file.in_parent_pages() == 0);
+        assert_eq!(file.check_whole().is_ok(), file.in_parent_pages() == 0);
+        let found: Vec<bool> = extents(file).map(|extent| extent.is_ok()).collect();
+        assert_eq!(found.iter().all(|&ok| ok), file.in_parent_pages() == 0);
         let restored = file.restore_into(&table, &TestRam::new(&table, 0), 1);
         assert_eq!(restored.is_ok(), file.in_parent_pages() == 0);
     }
@@ -164,7 +166,8 @@ fn a_lone_increment_is_no_source() {
     let file = SnapshotFile::open(&path).unwrap();
     assert!(PageSource::extent(&file, PageId(0)).is_some());
     assert_eq!(PageSource::extent(&file, PageId(1)), None);
-    let error = check_whole(&file).unwrap_err();
+    // Who does not ask beforehand runs into the first page that is not there.
+    let error = extents(&file).find_map(Result::err).unwrap();
     assert!(matches!(error, RestoreError::Incomplete { page: PageId(1), .. }), "{error}");
     assert!(error.to_string().contains("Chain::open"), "{error}");
     let error = file.restore_into(&table, &TestRam::new(&table, 0), 1).unwrap_err();

@@ -3,6 +3,7 @@
 use std::path::PathBuf;
 
 use clap::Parser;
+use ramshot_tests::snapshot_run::RestoreMode;
 use ramshot_tests::{Accel, Backing, Workload};
 
 /// Boots a guest, snapshots it live while it writes, verifies every page of the file against a copy of guest RAM taken
@@ -60,6 +61,12 @@ pub(crate) struct Options {
     /// Increments, each verified against its own T0, each restored and run. With `--mode incremental`; 1 unless given.
     #[arg(long, value_name = "N", value_parser = clap::value_parser!(u32).range(1..=1000))]
     pub(crate) chain: Option<u32>,
+    /// How the snapshot is given back.
+    #[arg(long, value_name = "eager|mapped|lazy", default_value = "eager")]
+    pub(crate) restore: RestoreMode,
+    /// How often it is given back; a lazy restore records what the guest touches first, the next one reads that first.
+    #[arg(long, default_value_t = 1, value_parser = clap::value_parser!(u32).range(1..=100))]
+    pub(crate) restores: u32,
     /// Pool size (K, M, G).
     #[arg(long, default_value = "64M", value_parser = size)]
     pub(crate) pool: u64,

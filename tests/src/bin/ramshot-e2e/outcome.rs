@@ -44,6 +44,8 @@ pub(crate) struct Outcome {
     /// Writes a second.
     pub(crate) guest_rate: GuestRate,
     pub(crate) restore_ms: f64,
+    /// The last restore into a guest that runs.
+    pub(crate) restore: Restore,
     pub(crate) guest_self_check: SelfCheck,
     /// The guest that was snapshotted checked itself, too.
     pub(crate) source_self_check: SelfCheck,
@@ -72,6 +74,22 @@ pub(crate) struct Stall {
     pub(crate) max: f64,
 }
 
+/// How the snapshot was given back.
+#[derive(Serialize, Default)]
+pub(crate) struct Restore {
+    pub(crate) mode: String,
+    /// From the call that restores to the first write of the guest that can be seen, which is later than its first instruction.
+    pub(crate) first_instruction_us: u64,
+    /// The call alone.
+    pub(crate) call_us: u64,
+    /// From the call to the last page in; for a mapped restore there is no such moment.
+    pub(crate) all_in_ms: f64,
+    /// Missing faults.
+    pub(crate) faults: u64,
+    /// Pages read before anybody asked.
+    pub(crate) prefetched: u64,
+}
+
 #[derive(Serialize, Default)]
 pub(crate) struct GuestRate {
     pub(crate) before: f64,
@@ -88,7 +106,7 @@ pub(crate) struct SelfCheck {
 
 impl Outcome {
     pub(crate) const HEADER: &str = " run  ok    pages  mism.   faults by fault | pause us   arm us total ms | stall p50    p99      max us \
-         | writes/s before  during   after | restore ms  self check";
+         | writes/s before  during   after | restore first us  all in ms faults | self check";
 
     /// What is known before a run.
     pub(crate) fn new(options: &Options, accel: Accel, seed: u64) -> Self {
@@ -129,7 +147,7 @@ impl Outcome {
 
     pub(crate) fn row(&self, run: u32) -> String {
         format!(
-            "{run:4} {:>3} {:8} {:6} {:8} {:8} | {:8} {:8} {:8.1} | {:9.1} {:6.1} {:11.1} | {:15.0} {:7.0} {:7.0} | {:10.1}  {}",
+            "{run:4} {:>3} {:8} {:6} {:8} {:8} | {:8} {:8} {:8.1} | {:9.1} {:6.1} {:11.1} | {:15.0} {:7.0} {:7.0} | {:>7} {:8} {:10.1} {:6} | {}",
             if self.ok { "ok" } else { "NO" },
             self.pages_verified,
             self.pages_mismatched,
@@ -144,7 +162,10 @@ impl Outcome {
             self.guest_rate.before,
             self.guest_rate.during,
             self.guest_rate.after,
-            self.restore_ms,
+            self.restore.mode,
+            self.restore.first_instruction_us,
+            self.restore.all_in_ms,
+            self.restore.faults,
             if self.guest_self_check.ok { "ok" } else { "FAILED" },
         )
     }

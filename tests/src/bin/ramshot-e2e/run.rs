@@ -3,13 +3,16 @@
 use std::error::Error;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
-use ramshot::{DirtyTracking, GuestRam, Pending, SnapshotFile};
+use ramshot::file::PageSource;
+use ramshot::restore::order_path;
+use ramshot::{DirtyTracking, GuestRam, LazyOptions, Pending, SnapshotFile};
+use ramshot_tests::snapshot_run::RestoreMode;
 use ramshot_tests::{Accel, Gaps, Guest, GuestConfig, Memory, Workload, new_guest, snapshot_run, verify};
 
 use crate::options::{Arm, Mode, Options};
-use crate::outcome::{GuestRate, Increment, Outcome, SelfCheck, Stall};
+use crate::outcome::{GuestRate, Increment, Outcome, Restore, SelfCheck, Stall};
 
 /// How long the guest's rate is watched before and after.
 const WATCH: Duration = Duration::from_millis(300);
@@ -51,9 +54,8 @@ pub(crate) fn run(options: &Options, accel: Accel, seed: u64) -> Result<Outcome>
     drop(source);
     drop(guest);
 
-    let mut files = vec![SnapshotFile::open(&target.path)?];
-    let Some(file) = files.first() else { return Ok(outcome) };
-    let verified = verify::against_chain(&files, &t0)?;
+    let file = Arc::new(SnapshotFile::open(&target.path)?);
+    let verified = verify::against_file(&file, &t0)?;
     (outcome.pages_total, outcome.pages_verified) = (file.pages(), verified.pages);
     (outcome.pages_mismatched, outcome.pages_zero) = (verified.mismatched, verified.zero);
     if let Some(page) = verified.first_mismatch {
@@ -62,8 +64,8 @@ pub(crate) fn run(options: &Options, accel: Accel, seed: u64) -> Result<Outcome>
     if !verify::flat(&target.path, &t0)? {
         outcome.problems.push("the file does not begin with guest RAM".to_owned());
     }
-    (outcome.restore_ms, outcome.guest_self_check) =
-        restore(options, accel, config, &files, &t0, &mut outcome.problems)?;
+    restore(options, accel, config, &file, &t0, &mut outcome)?;
+    let mut files = vec![SnapshotFile::open(&target.path)?];
     for (number, t0) in (1..).zip(&increments) {
         files.push(SnapshotFile::open(target.increment(number))?);
         let verified = verify::against_chain(&files, t0)?;
@@ -71,7 +73,7 @@ pub(crate) fn run(options: &Options, accel: Accel, seed: u64) -> Result<Outcome>
             let wrong = verified.mismatched;
             outcome.problems.push(format!("increment {number}: {wrong} pages differ from its T0, the first is {page}"));
         }
-        let (took, check) = restore(options, accel, config, &files, t0, &mut outcome.problems)?;
+        let (took, check) = restore_increment(options, accel, config, &files, t0, &mut outcome.problems)?;
         if let Some(increment) = outcome.chain.get_mut(number as usize - 1) {
             (increment.pages_verified, increment.pages_mismatched) = (verified.pages, verified.mismatched);
             (increment.restore_ms, increment.guest_self_check) = (took, check);
@@ -157,8 +159,100 @@ impl<'a> Source<'a> {
     }
 }
 
-/// Into a fresh VM, which then runs and checks itself. Returns how long filling its RAM took, in milliseconds.
+/// Into fresh memory, which is compared, and into a fresh VM, which then runs and checks itself.
 fn restore(
+    options: &Options,
+    accel: Accel,
+    config: GuestConfig,
+    file: &Arc<SnapshotFile>,
+    t0: &[Vec<u8>],
+    outcome: &mut Outcome,
+) -> Result<()> {
+    compare(options, accel, config, file, t0, outcome)?;
+    let order = order_path(file.path());
+    let settings = LazyOptions { order: Some(order.clone()), ..LazyOptions::default() };
+    for _ in 0..options.restores {
+        run_restored(options, accel, config, file, &settings, outcome)?;
+    }
+    if options.out.is_none() {
+        let _ = std::fs::remove_file(order);
+    }
+    Ok(())
+}
+
+/// Every page of restored memory against T0.
+fn compare(
+    options: &Options,
+    accel: Accel,
+    config: GuestConfig,
+    file: &Arc<SnapshotFile>,
+    t0: &[Vec<u8>],
+    outcome: &mut Outcome,
+) -> Result<()> {
+    let mismatched = if options.restore == RestoreMode::Eager {
+        let restored = snapshot_run::restore(accel, config, (options.mem, options.backing), file, t0)?;
+        outcome.restore_ms = millis(restored.took);
+        restored.mismatched
+    } else {
+        let start = Instant::now();
+        let memory = Memory::new(options.mem, options.backing)?;
+        if options.restore == RestoreMode::Mapped {
+            snapshot_run::map_into(file, &memory)?;
+        } else {
+            let ram = Arc::new(GuestRam::from_guest_memory(Arc::clone(memory.guest()))?);
+            ramshot::lazy(Arc::clone(file) as Arc<dyn PageSource>, &ram, &LazyOptions::default())?.finish()?;
+        }
+        outcome.restore_ms = millis(start.elapsed());
+        verify::against_memory(&memory.read_all()?, t0).mismatched
+    };
+    if mismatched > 0 {
+        outcome.problems.push(format!("{mismatched} pages differ from T0 after the restore"));
+    }
+    Ok(())
+}
+
+fn run_restored(
+    options: &Options,
+    accel: Accel,
+    config: GuestConfig,
+    file: &Arc<SnapshotFile>,
+    settings: &LazyOptions,
+    outcome: &mut Outcome,
+) -> Result<()> {
+    let memory = (options.mem, options.backing);
+    let running = snapshot_run::restore_and_run(accel, config, memory, file, (options.restore, settings))?;
+    let guest = running.guest;
+    outcome.restore = Restore {
+        mode: options.restore.to_string(),
+        first_instruction_us: micros(running.first_instruction),
+        call_us: micros(running.call),
+        // When the call returns all is in, unless pages come in lazily.
+        all_in_ms: millis(running.call),
+        ..Restore::default()
+    };
+    let before = guest.writes()?;
+    std::thread::sleep(WATCH);
+    if options.workload != Workload::Idle && guest.writes()? == before {
+        outcome.problems.push("the restored guest does not write".to_owned());
+    }
+    outcome.guest_self_check = self_check(guest.as_ref(), "the restored guest", &mut outcome.problems)?;
+    if let Some(lazy) = running.lazy {
+        let report = lazy.finish()?;
+        outcome.restore.all_in_ms = millis(report.all_in);
+        outcome.restore.faults = report.progress.faults;
+        outcome.restore.prefetched = report.progress.prefetched;
+        if report.progress.faults == 0 {
+            outcome
+                .problems
+                .push("the guest ran while its pages came in, but no fault was seen: this proved nothing".to_owned());
+        }
+    }
+    Ok(())
+}
+
+/// An increment and all below it into a fresh VM, which then runs and checks itself. Returns how long filling its RAM
+/// took, in milliseconds.
+fn restore_increment(
     options: &Options,
     accel: Accel,
     config: GuestConfig,

@@ -57,7 +57,7 @@ struct Run<'a> {
 
 /// What a snapshot came to.
 enum End {
-    Image(Report),
+    Image(Box<Report>),
     /// None, and that is fine: why.
     None(&'static str),
 }
@@ -187,7 +187,7 @@ impl<'a> Run<'a> {
             _ => self.finish(live, tally)?,
         };
         let end = match result {
-            Ok(report) => End::Image(report),
+            Ok(report) => End::Image(Box::new(report)),
             Err(error) => fine(act, injected, error, tally)?,
         };
         Ok((end, t0))
