@@ -29,6 +29,7 @@
 //! - [`GuestRam`], [`Region`]: guest RAM as the VMM describes it. [`probe`] and [`compatible`] say beforehand whether
 //!   tracking will work, and why not.
 //! - [`SnapshotFile`]: reading, verifying and restoring a snapshot. Works on every platform.
+//! - [`Chain`]: an increment with all it builds on, restored in the same ways. [`flatten`], [`rebase`]: chains made shorter.
 //! - [`lazy`], [`LazyRestore`]: the VM runs at once, its pages come in as it touches them.
 //! - [`prepare_with`], [`ImageSink`], [`core`]: the parts, for a memory or a target of your own.
 //! - [`sim`]: a simulated VM with a kernel that has bad days, for tests.
@@ -47,7 +48,7 @@ mod sync;
 
 pub use dirty::{DirtyError, DirtyTracking};
 pub use engine::{Handle, Live, Parts, Pending, Prepared, SetupFailed, SnapshotFailed, prepare_with};
-pub use file::SnapshotFile;
+pub use file::{Chain, SnapshotFile, flatten, rebase};
 pub use options::{OptionError, Options};
 pub use os::{
     AnonymousRam, Filler, FillerOptions, GuestRam, KvmDirtyLog, KvmSlot, MapTarget, Missing, Probe, RamError, Region,

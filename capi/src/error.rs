@@ -205,7 +205,7 @@ from! {
     OpenError: |error| open(&error.kind);
     ReadError: |error| read(&error.kind);
     RestoreError: |error| match &error {
-        RestoreError::NeedsParent { .. } => libc::ENODATA,
+        RestoreError::NeedsParent { .. } | RestoreError::Incomplete { .. } => libc::ENODATA,
         RestoreError::Read(error) => read(&error.kind),
         RestoreError::Ram { source, .. } => os(*source),
         RestoreError::Layout { .. } => libc::EINVAL,

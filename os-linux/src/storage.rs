@@ -18,6 +18,27 @@ fn offset(at: u64) -> io::Result<i64> {
         .map_err(|_| io::Error::new(io::ErrorKind::InvalidInput, format!("file offset {at:#x} is too large")))
 }
 
+/// Creates the file at `path`, which must not exist, open for reading and writing and for nobody but its owner (mode 0600,
+/// less what the umask takes): it will hold a guest's memory, with all its secrets.
+///
+/// # Errors
+/// What open(2) answered, [`AlreadyExists`](io::ErrorKind::AlreadyExists) above all.
+pub fn create_private(path: &Path) -> io::Result<File> {
+    File::options().read(true).write(true).create_new(true).mode(0o600).open(path)
+}
+
+/// Whether nobody else can have a say in what is in `file`: it belongs to this process's user, no other may write to it, and
+/// it has one name.
+///
+/// # Errors
+/// What stat(2) answered.
+pub fn ours_alone(file: &File) -> io::Result<bool> {
+    let stat = file.metadata()?;
+    // SAFETY: geteuid(2) takes nothing and cannot fail.
+    let me = unsafe { libc::geteuid() };
+    Ok(stat.uid() == me && stat.mode() & 0o022 == 0 && stat.nlink() == 1)
+}
+
 /// Reads into `into` from byte `at`; returns how many bytes, 0 at the end of the file.
 ///
 /// # Errors
@@ -124,6 +145,26 @@ mod tests {
         match allocate(&file, 0, 1 << 20) {
             Ok(()) => assert_eq!(file.metadata().unwrap().len(), 4109),
             Err(error) => assert_eq!(error.kind(), io::ErrorKind::Unsupported),
+        }
+    }
+
+    #[test]
+    fn a_new_file_is_its_owners_alone() {
+        let dir = tempfile::tempdir().unwrap();
+        let path = dir.path().join("file");
+        let file = create_private(&path).unwrap();
+        let mode = || file.metadata().unwrap().mode() & 0o777;
+        assert_eq!(mode() & 0o177, 0, "{:o}", mode());
+        assert_eq!(create_private(&path).unwrap_err().kind(), io::ErrorKind::AlreadyExists);
+        assert!(ours_alone(&file).unwrap());
+        std::fs::hard_link(&path, dir.path().join("other")).unwrap();
+        assert!(!ours_alone(&file).unwrap(), "it has two names");
+        std::fs::remove_file(dir.path().join("other")).unwrap();
+        file.set_permissions(std::os::unix::fs::PermissionsExt::from_mode(0o660)).unwrap();
+        assert!(!ours_alone(&file).unwrap(), "its group may write to it");
+        file.set_permissions(std::os::unix::fs::PermissionsExt::from_mode(0o600)).unwrap();
+        if std::os::unix::fs::fchown(&file, Some(12345), None).is_ok() {
+            assert!(!ours_alone(&file).unwrap(), "it is another user's");
         }
     }
 

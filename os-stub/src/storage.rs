@@ -14,6 +14,23 @@ fn at(mut file: &File, at: u64) -> io::Result<MutexGuard<'static, ()>> {
     Ok(guard)
 }
 
+/// Creates the file at `path`, which must not exist, open for reading and writing. Who else may read it is what the system
+/// gives new files (the standard library cannot say otherwise everywhere): put it into a directory of your own.
+///
+/// # Errors
+/// What the system answered, [`AlreadyExists`](io::ErrorKind::AlreadyExists) above all.
+pub fn create_private(path: &Path) -> io::Result<File> {
+    File::options().read(true).write(true).create_new(true).open(path)
+}
+
+/// Whether nobody else can have a say in what is in a file: not known here, so no.
+///
+/// # Errors
+/// None; the signature is the Linux shim's.
+pub fn ours_alone(_file: &File) -> io::Result<bool> {
+    Ok(false)
+}
+
 /// Reads into `into` from byte `from`; returns how many bytes, 0 at the end of the file.
 ///
 /// # Errors
@@ -97,6 +114,15 @@ mod tests {
         assert_eq!(read_at(&file, &mut back, 4101).expect("read"), 8);
         assert_eq!(&back[..8], b"snapshot");
         assert_eq!(read_at(&file, &mut back, 9999).expect("read"), 0);
+        std::fs::remove_file(path).expect("removed");
+    }
+
+    #[test]
+    fn a_new_file_is_new() {
+        let path = std::env::temp_dir().join(format!("ramshot-stub-new-{}", std::process::id()));
+        let file = create_private(&path).expect("created");
+        assert_eq!(create_private(&path).map_err(|e| e.kind()).err(), Some(io::ErrorKind::AlreadyExists));
+        assert!(!ours_alone(&file).expect("an answer"));
         std::fs::remove_file(path).expect("removed");
     }
 

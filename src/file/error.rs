@@ -347,7 +347,8 @@ pub enum RestoreError {
     },
     /// Pages are in a parent, which was not given. Nothing was written to the blocks.
     #[error(
-        "snapshot {path:?} is an increment: {pages} of its pages are in its parent {parent}; restore the whole chain"
+        "snapshot {path:?} is an increment: {pages} of its pages are in its parent {parent}; restore the whole chain \
+         (open it with Chain::open, which finds the parents)"
     )]
     NeedsParent {
         /// The file.
@@ -356,6 +357,17 @@ pub enum RestoreError {
         parent: SnapshotId,
         /// How many pages.
         pages: u64,
+    },
+    /// The source of the pages does not have them all. Nothing was written to the blocks.
+    #[error(
+        "{page} ({place}) is not in this image, which is an increment without its parents; restore the whole chain (open \
+         it with Chain::open, which finds the parents)"
+    )]
+    Incomplete {
+        /// The first page missing.
+        page: PageId,
+        /// Its block and guest address.
+        place: String,
     },
     /// The file could not be read, or is damaged.
     #[error(transparent)]

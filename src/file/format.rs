@@ -5,7 +5,7 @@ use std::mem::{offset_of, size_of};
 use zerocopy::little_endian::{U32, U64};
 use zerocopy::{FromBytes, Immutable, IntoBytes, KnownLayout, Unaligned};
 
-use super::PageState;
+use super::{PageState, ParentRef};
 
 /// The version this code writes, and the only one it reads.
 pub(super) const VERSION: u32 = 1;
@@ -97,7 +97,53 @@ pub(super) struct BlockRecord {
     pub(super) name: [u8; 48],
 }
 
+/// First bytes of a [`Mark`].
+pub(super) const MARK_MAGIC: [u8; 8] = *b"RAMSHOT~";
+
+/// What a merge puts where the trailer will be as long as it copies pages: which merge this is, so that it can be gone on
+/// with after a kill. Never part of a complete file: the trailer's header takes its place.
+#[derive(Clone, Copy, PartialEq, Eq, Debug, FromBytes, IntoBytes, KnownLayout, Immutable, Unaligned)]
+#[repr(C)]
+pub(super) struct Mark {
+    pub(super) magic: [u8; 8],
+    pub(super) version: U32,
+    /// Checksum of the snapshot whose memory the file will hold.
+    pub(super) checksum: U32,
+    pub(super) id: [u8; 16],
+    /// The parent it will have; all zero if none.
+    pub(super) parent_id: [u8; 16],
+    pub(super) parent_checksum: U32,
+    pub(super) reserved: U32,
+    pub(super) reserved2: U32,
+    /// CRC-32C of all bytes before this field.
+    pub(super) crc: U32,
+}
+
+impl Mark {
+    pub(super) fn new(image: ParentRef, parent: Option<ParentRef>) -> Self {
+        let mut mark = Self {
+            magic: MARK_MAGIC,
+            version: U32::new(VERSION),
+            checksum: U32::new(image.checksum),
+            id: image.id.0,
+            parent_id: parent.map_or([0; 16], |parent| parent.id.0),
+            parent_checksum: U32::new(parent.map_or(0, |parent| parent.checksum)),
+            reserved: U32::ZERO,
+            reserved2: U32::ZERO,
+            crc: U32::ZERO,
+        };
+        mark.crc = U32::new(mark.as_bytes().split_last_chunk::<4>().map_or(0, |(before, _)| crc32c::crc32c(before)));
+        mark
+    }
+}
+
 const _: () = {
+    assert!(size_of::<Mark>() == 64);
+    assert!(offset_of!(Mark, id) == 16);
+    assert!(offset_of!(Mark, parent_id) == 32);
+    assert!(offset_of!(Mark, crc) == 60);
+    // The header, which is written behind the sections, takes its place.
+    assert!(size_of::<Mark>() <= size_of::<Header>());
     assert!(size_of::<Tail>() == 64);
     assert!(offset_of!(Tail, trailer_offset) == 16);
     assert!(offset_of!(Tail, file_len) == 32);
@@ -133,6 +179,8 @@ pub(super) const HEADER_LEN: u64 = size_of::<Header>() as u64;
 pub(super) const SECTION_LEN: u64 = size_of::<Section>() as u64;
 /// Bytes of a block record.
 pub(super) const BLOCK_LEN: u64 = size_of::<BlockRecord>() as u64;
+/// Bytes of the mark of a merge.
+pub(super) const MARK_LEN: u64 = size_of::<Mark>() as u64;
 
 /// The sections of version 1.
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]

@@ -12,6 +12,9 @@
 //! of threads, beside its final name, and renames it into place when it is complete; [`SnapshotFile`] opens one,
 //! verifies it and fills guest RAM from it.
 //!
+//! An increment is such a file that names its parent. [`Chain`] opens it with all its ancestors; [`PageSource`] is what both
+//! are to a restore. [`flatten`] makes one file of a chain, [`rebase`] moves an increment onto another parent.
+//!
 //! # Invariants
 //! - A file that opens is complete: its length, header, directory and every section were checked before
 //!   [`SnapshotFile::open`] returned. Page bytes are checked when they are read.
@@ -20,10 +23,13 @@
 //!
 //! Nothing here knows an address space, a VM or an operating system; positional I/O comes from the shim's `storage`.
 
+mod batch;
+mod chain;
 mod error;
 mod format;
 mod index;
 mod mapped;
+mod merge;
 mod pages;
 mod parallel;
 mod parse;
@@ -57,8 +63,10 @@ use std::time::SystemTime;
 
 use ramshot_core::{Backing, BlockName, GuestAddr, PageId, Run, Treatment};
 
+pub use chain::{Chain, ChainError, Looked, MAX_CHAIN};
 pub use error::{CreateError, LayoutMismatch, OpenError, OpenErrorKind, ReadError, ReadErrorKind, RestoreError};
 pub use mapped::MapError;
+pub use merge::{MergeError, MergeOptions, MergeReport, flatten, rebase};
 pub use reader::SnapshotFile;
 pub use restore::RestoreReport;
 pub use sink::{FileSink, FileSinkOptions};

@@ -31,8 +31,14 @@ pub(super) struct Partial {
 }
 
 impl Partial {
-    /// Checks that `target` can be written and creates the file beside it.
-    pub(super) fn create(target: &Path, replace: bool) -> Result<Self, CreateError> {
+    /// Checks that `target` can be written and creates the file beside it. Asks `adopt` about one that a dead writer left: if it
+    /// says yes, that one is taken over with what is in it. It is asked only about regular files of our own that nobody
+    /// else can write to and that have no other name, and with their lock held.
+    pub(super) fn create(
+        target: &Path,
+        replace: bool,
+        adopt: &mut dyn FnMut(&File) -> bool,
+    ) -> Result<Self, CreateError> {
         let ends_in_separator = target.as_os_str().to_str().is_some_and(|text| text.ends_with(std::path::is_separator));
         if ends_in_separator && !target.is_dir() || target.file_name().is_none() && !target.exists() {
             return Err(CreateError::NoName { path: target.to_owned() });
@@ -64,7 +70,7 @@ impl Partial {
         partial_name.push(".partial");
         let path = directory.join(partial_name);
 
-        let file = claim(target, &path)?;
+        let file = claim(target, &path, adopt)?;
         if let Some(permissions) = previous.map(|metadata| metadata.permissions()).filter(|p| !p.readonly()) {
             // The new file is as private as the one it replaces. Best effort: not every file system has them.
             let _ = file.set_permissions(permissions);
@@ -193,8 +199,8 @@ fn check_directory(target: &Path, directory: &Path) -> Result<(), CreateError> {
     Err(no_directory(ErrorKind::NotADirectory.into()))
 }
 
-/// Creates and locks the file at `path`, removing what a dead writer left there.
-fn claim(target: &Path, path: &Path) -> Result<File, CreateError> {
+/// Creates and locks the file at `path`, removing what a dead writer left there unless `adopt` wants it.
+fn claim(target: &Path, path: &Path, adopt: &mut dyn FnMut(&File) -> bool) -> Result<File, CreateError> {
     let io = |what: &str, source| CreateError::Io {
         path: target.to_owned(),
         what: format!("{path:?} cannot be {what}"),
@@ -204,7 +210,7 @@ fn claim(target: &Path, path: &Path) -> Result<File, CreateError> {
     let busy = || CreateError::Busy { path: target.to_owned(), partial: path.to_owned() };
 
     for _ in 0..TRIES {
-        let (file, created) = match OpenOptions::new().write(true).create_new(true).open(path) {
+        let (file, created) = match storage::create_private(path) {
             Ok(file) => (file, true),
             Err(error) if error.kind() == ErrorKind::AlreadyExists => {
                 // Looked at before it is opened: opening a pipe would wait for a reader.
@@ -214,7 +220,9 @@ fn claim(target: &Path, path: &Path) -> Result<File, CreateError> {
                     Err(error) if error.kind() == ErrorKind::NotFound => continue,
                     Err(error) => return Err(io("examined", error)),
                 }
-                match OpenOptions::new().write(true).open(path) {
+                // Reading is for who adopts it; one that cannot be read can be removed all the same.
+                let open = |read| OpenOptions::new().read(read).write(true).open(path);
+                match open(true).or_else(|_| open(false)) {
                     Ok(file) => (file, false),
                     Err(error) if error.kind() == ErrorKind::NotFound => continue,
                     Err(error) => return Err(io("opened", error)),
@@ -234,6 +242,7 @@ fn claim(target: &Path, path: &Path) -> Result<File, CreateError> {
         // Between opening and locking, the writer may have published or removed what we hold now.
         match storage::same_file(&file, path) {
             Ok(true) if created => return Ok(file),
+            Ok(true) if storage::ours_alone(&file).unwrap_or(false) && adopt(&file) => return Ok(file),
             Ok(true) => match fs::remove_file(path) {
                 Ok(()) => log::info!("removed {path:?}, left by a writer that was killed"),
                 Err(error) if error.kind() == ErrorKind::NotFound => {}

@@ -4,7 +4,7 @@ use std::fs::{self, File};
 use std::io::{self, ErrorKind};
 use std::path::{Path, PathBuf};
 
-use ramshot_core::{BlockIndex, BlockTable, PageId, Run};
+use ramshot_core::{BlockTable, PageId, Run};
 
 use super::error::{LayoutMismatch, OpenError, OpenErrorKind, ReadError, ReadErrorKind};
 use super::format::{PAGE, PAGE_BYTES};
@@ -249,12 +249,7 @@ impl SnapshotFile {
     /// # Errors
     /// The first difference, with both values.
     pub fn check_layout(&self, table: &BlockTable) -> Result<(), LayoutMismatch> {
-        self.match_blocks(table).map(drop)
-    }
-
-    /// For each block of the file, its block in `table`; `None` for ignored ones.
-    pub(super) fn match_blocks(&self, table: &BlockTable) -> Result<Vec<Option<BlockIndex>>, LayoutMismatch> {
-        match_blocks(self.blocks(), table)
+        match_blocks(self.blocks(), table).map(drop)
     }
 
     pub(super) const fn meta(&self) -> &Metadata {

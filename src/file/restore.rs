@@ -1,14 +1,15 @@
-//! Eager restore: all of a snapshot into guest RAM, before a vCPU runs.
+//! Eager restore: all of an image into guest RAM, before a vCPU runs.
+
+use std::path::Path;
 
 use ramshot_core::{BlockName, BlockTable, HostAddr, OsError, PageId, RamTarget, Run};
 
+use super::batch::Batches;
 use super::error::{ReadError, RestoreError};
 use super::format::PAGE_BYTES;
-use super::source::PageSource;
-use super::{SnapshotFile, block_of, parallel};
+use super::source::{PageSource, extents, match_blocks};
+use super::{PageState, SnapshotFile, block_of, parallel};
 
-/// Data pages that one thread restores before it asks for more: 1 MiB.
-const UNIT: u64 = 256;
 /// Pages read at a time: they are still in the cache when they are checked.
 const STEP_PAGES: u64 = 64;
 
@@ -37,68 +38,87 @@ impl SnapshotFile {
         ram: &dyn RamTarget,
         threads: usize,
     ) -> Result<RestoreReport, RestoreError> {
-        let hosts = self.host_addresses(table)?;
-        PageSource::check_whole(self)?;
-        let work = |(): &mut (), unit: u64| {
-            self.for_each_data_run(unit * UNIT, UNIT, |run, rank| self.restore_run(&hosts, ram, run, rank))
-        };
-        parallel::run(self.data_pages().div_ceil(UNIT), threads, &work, &mut |_| {})?;
-        Ok(RestoreReport { data_pages: self.data_pages(), zero_pages: self.zero_pages() })
+        restore(self, self.path(), table, ram, threads)
     }
+}
 
-    /// Where each block of the file goes; ignored ones nowhere.
-    fn host_addresses(&self, table: &BlockTable) -> Result<Vec<Option<HostAddr>>, RestoreError> {
-        let matched = self
-            .match_blocks(table)
-            .map_err(|mismatch| RestoreError::Layout { path: self.path().to_owned(), mismatch })?;
-        Ok(matched
-            .into_iter()
-            .map(|index| index.and_then(|index| table.block(index)).map(|block| block.host))
-            .collect())
-    }
+/// Fills the blocks of `table` from `source`, which was opened at `path`.
+pub(super) fn restore(
+    source: &dyn PageSource,
+    path: &Path,
+    table: &BlockTable,
+    ram: &dyn RamTarget,
+    threads: usize,
+) -> Result<RestoreReport, RestoreError> {
+    let matched = match_blocks(source.blocks(), table)
+        .map_err(|mismatch| RestoreError::Layout { path: path.to_owned(), mismatch })?;
+    let host = |index: Option<_>| index.and_then(|index| table.block(index)).map(|block| block.host);
+    let hosts: Vec<Option<HostAddr>> = matched.into_iter().map(host).collect();
 
-    /// Reads one run of data pages into the blocks it lies in.
-    fn restore_run(
-        &self,
-        hosts: &[Option<HostAddr>],
-        ram: &dyn RamTarget,
-        run: Run,
-        rank: u64,
-    ) -> Result<(), RestoreError> {
-        let mut done = 0;
-        while done < run.pages {
-            let page = PageId(run.first.0 + done);
-            // Every page of the file is in a block, and each such block has a place: checked before.
-            let Some((index, block)) = block_of(self.blocks(), page) else { break };
-            let Some(host) = hosts.get(index).copied().flatten() else { break };
-            let pages = (run.pages - done).min(block.run().end().0 - page.0).min(STEP_PAGES);
-            let at = HostAddr(host.0 + (page.0 - block.first_page.0) * PAGE_BYTES);
-            self.fill(ram, block.name, at, Run::new(page, pages), rank + done)?;
-            done += pages;
-        }
-        Ok(())
-    }
-
-    fn fill(
-        &self,
-        ram: &dyn RamTarget,
-        block: BlockName,
-        at: HostAddr,
-        run: Run,
-        rank: u64,
-    ) -> Result<(), RestoreError> {
-        let len = usize::try_from(run.bytes()).unwrap_or(usize::MAX);
-        // A target that hands out something else than it was asked for has not been filled.
-        let mut outcome: Option<Result<(), ReadError>> = None;
-        ram.with_mut(at, len, &mut |bytes| {
-            if bytes.len() == len {
-                outcome = Some(self.read_data(run.first, rank, bytes));
+    source.check_whole()?;
+    let mut report = RestoreReport { data_pages: 0, zero_pages: 0 };
+    let mut plan = Batches::new();
+    for extent in extents(source) {
+        let extent = extent?;
+        match extent.state {
+            PageState::Data => {
+                plan.push(extent.run, ());
+                report.data_pages += extent.run.pages;
             }
-        })
-        .map_err(|source| RestoreError::Ram { block, source })?;
-        match outcome {
-            Some(result) => Ok(result?),
-            None => Err(RestoreError::Ram { block, source: OsError::new("RamTarget::with_mut", 14) }),
+            PageState::Zero | PageState::InParent => report.zero_pages += extent.run.pages,
         }
+    }
+    let work = |(): &mut (), unit: u64| -> Result<u64, RestoreError> {
+        let runs = plan.unit(unit);
+        runs.iter().try_for_each(|&(run, ())| restore_run(source, &hosts, ram, run))?;
+        Ok(runs.iter().map(|(run, ())| run.pages).sum())
+    };
+    parallel::run(plan.units(), threads, &work, &mut |_| {})?;
+    Ok(report)
+}
+
+/// Reads one run of data pages into the blocks it lies in.
+fn restore_run(
+    source: &dyn PageSource,
+    hosts: &[Option<HostAddr>],
+    ram: &dyn RamTarget,
+    run: Run,
+) -> Result<(), RestoreError> {
+    let mut done = 0;
+    while done < run.pages {
+        let page = PageId(run.first.0 + done);
+        // Every page of an image is in a block, and each such block has a place: checked before, for the files that we read.
+        let place = block_of(source.blocks(), page)
+            .and_then(|(index, block)| Some((block, hosts.get(index).copied().flatten()?)));
+        let Some((block, host)) = place else {
+            return Err(RestoreError::Incomplete { page, place: "in no block".to_owned() });
+        };
+        let pages = (run.pages - done).min(block.run().end().0 - page.0).min(STEP_PAGES);
+        let at = HostAddr(host.0 + (page.0 - block.first_page.0) * PAGE_BYTES);
+        fill(source, ram, block.name, at, Run::new(page, pages))?;
+        done += pages;
+    }
+    Ok(())
+}
+
+fn fill(
+    source: &dyn PageSource,
+    ram: &dyn RamTarget,
+    block: BlockName,
+    at: HostAddr,
+    run: Run,
+) -> Result<(), RestoreError> {
+    let len = usize::try_from(run.bytes()).unwrap_or(usize::MAX);
+    // A target that hands out something else than it was asked for has not been filled.
+    let mut outcome: Option<Result<(), ReadError>> = None;
+    ram.with_mut(at, len, &mut |bytes| {
+        if bytes.len() == len {
+            outcome = Some(source.read_run(run.first, bytes));
+        }
+    })
+    .map_err(|source| RestoreError::Ram { block, source })?;
+    match outcome {
+        Some(result) => Ok(result?),
+        None => Err(RestoreError::Ram { block, source: OsError::new("RamTarget::with_mut", 14) }),
     }
 }

@@ -29,6 +29,23 @@ pub(super) fn write_all(file: &File, mut slices: &mut [IoSlice<'_>], mut offset:
     Ok(())
 }
 
+/// [`write_all`] by way of `direct`. Direct I/O takes whole blocks only, so what it leaves of a block that it cut short (the
+/// disk is full, the file may not grow) goes to `file`, which is the same one: the error is then what is wrong, not `EINVAL`.
+fn write_all_directly(direct: &File, file: &File, mut slices: &mut [IoSlice<'_>], offset: u64) -> io::Result<()> {
+    let len: usize = slices.iter().map(|slice| slice.len()).sum();
+    let written = loop {
+        match storage::write_vectored_at(direct, slices, offset) {
+            Err(error) if error.kind() == ErrorKind::Interrupted => {}
+            answer => break answer?,
+        }
+    };
+    if written < len {
+        log::debug!(target: "ramshot::file", "a direct write at byte {offset} took {written} bytes of {len}");
+    }
+    IoSlice::advance_slices(&mut slices, written);
+    write_all(file, slices, offset + written as u64)
+}
+
 /// Where a write failed.
 #[derive(Debug)]
 pub(super) struct Failed {
@@ -40,6 +57,8 @@ pub(super) struct Failed {
 /// Gathers page bytes that lie together in the file into one write.
 pub(super) struct Batch<'a> {
     file: &'a File,
+    /// The same file, open for direct I/O, if that is how to write.
+    direct: Option<&'a File>,
     slices: [IoSlice<'a>; BATCH],
     used: usize,
     /// First byte of the write, and one past its last.
@@ -48,8 +67,8 @@ pub(super) struct Batch<'a> {
 }
 
 impl<'a> Batch<'a> {
-    pub(super) fn new(file: &'a File) -> Self {
-        Self { file, slices: [IoSlice::new(&[]); BATCH], used: 0, start: 0, end: 0 }
+    pub(super) fn new(file: &'a File, direct: Option<&'a File>) -> Self {
+        Self { file, direct, slices: [IoSlice::new(&[]); BATCH], used: 0, start: 0, end: 0 }
     }
 
     /// Adds whole pages; writes what is gathered first if they do not follow it.
@@ -77,7 +96,11 @@ impl<'a> Batch<'a> {
         if slices.is_empty() {
             return Ok(());
         }
-        write_all(self.file, slices, start).map_err(|source| Failed { offset: start, len, source })
+        let written = match self.direct {
+            Some(direct) => write_all_directly(direct, self.file, slices, start),
+            None => write_all(self.file, slices, start),
+        };
+        written.map_err(|source| Failed { offset: start, len, source })
     }
 }
 

@@ -1,18 +1,22 @@
 //! Writing a snapshot file: the image sink that ends in a file.
 
 use std::fs::File;
+use std::io::IoSlice;
 use std::path::Path;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Mutex, PoisonError};
 
-use ramshot_core::{BlockTable, PageId};
+use ramshot_core::{BlockTable, PageId, RamBlock};
+use zerocopy::{FromZeros, IntoBytes};
 
 use super::error::CreateError;
-use super::format::{MAX_PAGES, PAGE, PAGE_BYTES};
+use super::format::{MARK_LEN, MAX_PAGES, Mark, PAGE, PAGE_BYTES};
 use super::pages::PageTable;
+use super::parse::Source;
 use super::partial::Partial;
-use super::sections::{Batch, Failed};
-use super::{PageState, ParentRef, SnapshotId, trailer};
+use super::sections::{Batch, Failed, write_all};
+use super::verify::first_stray;
+use super::{FileBlock, PageState, ParentRef, SnapshotId, trailer};
 use crate::os::storage;
 use crate::sink::{Committed, ImageMeta, ImageSink, PageDigest, Piece, SinkError};
 
@@ -45,7 +49,9 @@ impl Default for FileSinkOptions {
 #[derive(Debug)]
 pub struct FileSink {
     partial: Partial,
-    table: BlockTable,
+    blocks: Vec<FileBlock>,
+    /// Pages of all blocks.
+    total: u64,
     id: SnapshotId,
     parent: Option<ParentRef>,
     sync: bool,
@@ -57,12 +63,15 @@ pub struct FileSink {
     again: AtomicBool,
     /// A write has failed: what is there can never be committed.
     failed: AtomicBool,
+    /// The file holds pages already, of the same merge: nobody knows which, or whether they are whole.
+    adopted: bool,
 }
 
 impl FileSink {
     /// Begins a full snapshot of the RAM in `table` at `path`.
     ///
-    /// A new file has the permissions that the process's umask leaves; one that replaces another has that one's.
+    /// A new file is its owner's alone (mode 0600, where the system has modes); one that replaces another has that one's
+    /// permissions.
     /// A link is followed: what it points to is replaced. What a killed writer left in `NAME.partial` is removed.
     ///
     /// # Errors
@@ -93,29 +102,65 @@ impl FileSink {
         parent: Option<ParentRef>,
         id: Option<SnapshotId>,
     ) -> Result<Self, CreateError> {
-        if table.pages() > MAX_PAGES {
-            return Err(CreateError::TooLarge { path: path.to_owned(), pages: table.pages() });
+        Self::begin(path, blocks_of(table), options, parent, id, None)
+    }
+
+    /// Begins a merge, which says by `mark` which one it is. What a killed one with the same mark left is taken over if `adopt`
+    /// says so: [`adopted`](Self::adopted) tells.
+    pub(super) fn create_merge(
+        path: &Path,
+        blocks: &[FileBlock],
+        options: &FileSinkOptions,
+        parent: Option<ParentRef>,
+        mark: &Mark,
+        adopt: bool,
+    ) -> Result<Self, CreateError> {
+        Self::begin(path, blocks.to_vec(), options, parent, None, Some((mark, adopt)))
+    }
+
+    fn begin(
+        path: &Path,
+        blocks: Vec<FileBlock>,
+        options: &FileSinkOptions,
+        parent: Option<ParentRef>,
+        id: Option<SnapshotId>,
+        mark: Option<(&Mark, bool)>,
+    ) -> Result<Self, CreateError> {
+        let total = blocks.last().map_or(0, |block| block.run().end().0);
+        if total > MAX_PAGES {
+            return Err(CreateError::TooLarge { path: path.to_owned(), pages: total });
         }
-        let partial = Partial::create(path, options.replace)?;
-        // Now rather than at the commit: a file system that cannot hold a (sparse) file of this length says so.
-        partial.file().set_len(table.pages() * PAGE_BYTES).map_err(|source| CreateError::Io {
-            path: path.to_owned(),
-            what: format!("{:?} cannot be made {} bytes long", partial.path(), table.pages() * PAGE_BYTES),
-            source,
+        let mut adopted = false;
+        let partial = Partial::create(path, options.replace, &mut |file| {
+            adopted = mark.is_some_and(|(mark, adopt)| adopt && has_mark(file, total, mark));
+            adopted
         })?;
+        let io = |what: String| |source| CreateError::Io { path: path.to_owned(), what, source };
+        // Now rather than at the commit: a file system that cannot hold a (sparse) file of this length says so.
+        let len = total * PAGE_BYTES;
+        if !adopted {
+            let no_length = io(format!("{:?} cannot be made {len} bytes long", partial.path()));
+            partial.file().set_len(len).map_err(no_length)?;
+        }
+        if let Some((mark, _)) = mark.filter(|_| !adopted) {
+            let no_mark = io(format!("{:?} cannot be written", partial.path()));
+            write_all(partial.file(), &mut [IoSlice::new(mark.as_bytes())], len).map_err(no_mark)?;
+        }
         let direct = options.direct.then(|| storage::direct(partial.file(), partial.path())).flatten();
-        log::debug!(target: "ramshot::file", "{path:?}: direct I/O: {}", direct.is_some());
+        log::debug!(target: "ramshot::file", "{path:?}: direct I/O: {}, adopted: {adopted}", direct.is_some());
         let default = if parent.is_some() { PageState::InParent } else { PageState::Zero };
         Ok(Self {
             partial,
-            table: table.clone(),
+            blocks,
+            total,
             id: id.unwrap_or_else(SnapshotId::random),
             parent,
             sync: options.sync,
             direct,
-            pages: Mutex::new(PageTable::new(table.pages(), default)),
+            pages: Mutex::new(PageTable::new(total, default)),
             again: AtomicBool::new(false),
             failed: AtomicBool::new(false),
+            adopted,
         })
     }
 
@@ -123,6 +168,48 @@ impl FileSink {
     #[must_use]
     pub const fn id(&self) -> SnapshotId {
         self.id
+    }
+
+    /// Whether the file has been taken over from a merge that was killed.
+    pub(super) const fn adopted(&self) -> bool {
+        self.adopted
+    }
+
+    /// The file, to see what is in one that was adopted.
+    pub(super) const fn file(&self) -> &File {
+        self.partial.file()
+    }
+
+    /// Notes pages as [`write`](ImageSink::write) does, without their bytes: they are in the file already, or zero.
+    pub(super) fn keep(&self, first: PageId, digests: &[PageDigest]) -> Result<(), SinkError> {
+        let mut pages = self.pages.lock().unwrap_or_else(PoisonError::into_inner);
+        pages.record(first, digests).map_err(|twice| self.misuse(format!("{} was given twice", twice.0)))
+    }
+
+    /// The first place in the flat RAM that has no data by what was given, and is not zero in the file all the same: what
+    /// must not be committed. Only an adopted file can have one.
+    pub(super) fn find_stray(&self) -> std::io::Result<Option<PageId>> {
+        let pages = self.pages.lock().unwrap_or_else(PoisonError::into_inner);
+        let mut buffer = Vec::new();
+        // Ends with the first thing found, a page or an error.
+        let mut look = |from, to| match first_stray(self.partial.file(), &mut buffer, from, to) {
+            Ok(None) => Ok(()),
+            Ok(Some(page)) => Err(Ok(page)),
+            Err(error) => Err(Err(error)),
+        };
+        let mut from = PageId(0);
+        let between = pages.for_each_run(|run| {
+            if run.state == PageState::Data {
+                look(from, run.run.first)?;
+                from = run.run.end();
+            }
+            Ok(())
+        });
+        match between.and_then(|()| look(from, PageId(self.total))) {
+            Ok(()) => Ok(None),
+            Err(Ok(page)) => Ok(Some(page)),
+            Err(Err(error)) => Err(error),
+        }
     }
 
     fn write_pieces(&self, pieces: &[Piece<'_>]) -> Result<(), SinkError> {
@@ -147,7 +234,7 @@ impl FileSink {
         // The pool's slots are aligned; who calls this by hand may not care.
         let aligned = |piece: &Piece<'_>| piece.bytes.as_ptr().align_offset(PAGE) == 0;
         let direct = self.direct.as_ref().filter(|_| pieces.iter().all(aligned));
-        let mut batch = Batch::new(direct.unwrap_or(self.partial.file()));
+        let mut batch = Batch::new(self.partial.file(), direct);
         for piece in pieces {
             let stale = stale.next().map_or(&[][..], Vec::as_slice);
             for_each_run_to_write(piece, stale, |first, bytes| batch.add(first.0, bytes))
@@ -162,8 +249,8 @@ impl FileSink {
             return Err(self.misuse(format!("{} bytes were given as {count} pages", piece.bytes.len())));
         }
         match piece.first.0.checked_add(count) {
-            Some(end) if end <= self.table.pages() => Ok(()),
-            _ => Err(self.misuse(format!("{} and {count} from it on: there are {}", piece.first, self.table.pages()))),
+            Some(end) if end <= self.total => Ok(()),
+            _ => Err(self.misuse(format!("{} and {count} from it on: there are {}", piece.first, self.total))),
         }
     }
 
@@ -183,12 +270,12 @@ impl FileSink {
             file.sync_data().map_err(|e| io("its pages cannot be synced", e))?;
         }
         let pages = self.pages.lock().unwrap_or_else(PoisonError::into_inner);
-        let contents = trailer::Contents { id: self.id, parent: self.parent, table: &self.table, meta };
+        let contents = trailer::Contents { id: self.id, parent: self.parent, blocks: &self.blocks, meta };
         let (image_bytes, checksum) = trailer::write(file, &contents, &pages).map_err(|e| self.write_error(e))?;
         if self.sync {
             file.sync_all().map_err(|e| io("its trailer cannot be synced", e))?;
         }
-        let trailer_bytes = image_bytes - self.table.pages() * PAGE_BYTES;
+        let trailer_bytes = image_bytes - self.total * PAGE_BYTES;
         let written_bytes = pages.data_pages() * PAGE_BYTES + trailer_bytes;
         drop(pages);
         self.partial.publish(self.sync)?;
@@ -232,6 +319,36 @@ impl ImageSink for FileSink {
     fn abort(self: Box<Self>) {
         drop(self);
     }
+}
+
+/// The blocks of a table as the file records them.
+fn blocks_of(table: &BlockTable) -> Vec<FileBlock> {
+    let mut first_page = PageId(0);
+    let file_block = |block: &RamBlock| {
+        let block = FileBlock {
+            name: block.name,
+            guest: block.guest,
+            len: block.len,
+            used: block.used,
+            page_size: block.page_size,
+            first_page,
+            treatment: block.treatment,
+            backing: block.backing,
+        };
+        first_page = block.run().end();
+        block
+    };
+    table.blocks().iter().map(file_block).collect()
+}
+
+/// Whether `file` is that of a merge with this mark, as long as it copies pages. The length is that of no other partial
+/// file: what lies at the place of the mark cannot be RAM, which a guest could have written.
+fn has_mark(file: &File, pages: u64, mark: &Mark) -> bool {
+    let offset = pages * PAGE_BYTES;
+    let mut found = Mark::new_zeroed();
+    file.metadata().is_ok_and(|now| now.len() == offset + MARK_LEN)
+        && file.read_exact_at(found.as_mut_bytes(), offset).is_ok()
+        && found == *mark
 }
 
 /// Calls `each` for every run of pages in `piece` whose bytes belong into the file: data, and zeros over `stale` data.

@@ -3,7 +3,11 @@
 use ramshot_core::{BlockIndex, BlockTable, PageId, Run, Treatment};
 
 use super::error::{LayoutMismatch, ReadError, RestoreError};
-use super::{FileBlock, PageState, SnapshotFile, StateRun};
+use super::{FileBlock, PageState, SnapshotFile, StateRun, place};
+
+/// How many neighbouring records of one state are looked at for one extent: 1 TiB if each is as long as it can be, and a
+/// bound for a file that has a record a page.
+const NEIGHBOURS: usize = 64;
 
 /// Pages of a whole image, resolved: what a restore reads from.
 pub trait PageSource: Send + Sync {
@@ -36,7 +40,7 @@ pub trait PageSource: Send + Sync {
 }
 
 /// A file without a parent is a whole image. Of one with a parent, [`check_whole`](PageSource::check_whole) says what is
-/// missing, and the pages that the parent has are not there.
+/// missing, and the pages that the parent has are not there: its [`Chain`](super::Chain) has them.
 impl PageSource for SnapshotFile {
     fn blocks(&self) -> &[FileBlock] {
         Self::blocks(self)
@@ -50,10 +54,11 @@ impl PageSource for SnapshotFile {
         if first.0 >= Self::pages(self) {
             return None;
         }
-        // The first may be the gap before.
-        let StateRun { run, state } = self.meta().states.runs_from(first).find(|part| part.run.contains(first))?;
-        let rest = Run::new(first, run.end().0.checked_sub(first.0)?);
-        (state != PageState::InParent && rest.pages > 0).then_some(StateRun { run: rest, state })
+        let mut parts = self.state_runs_from(first);
+        let StateRun { run, state } = parts.next().filter(|part| part.state != PageState::InParent)?;
+        let last = parts.take(NEIGHBOURS).take_while(|part| part.state == state).last();
+        let end = last.map_or(run.end(), |part| part.run.end());
+        Some(StateRun { run: Run::new(first, end.0.checked_sub(first.0)?), state })
     }
 
     fn read_run(&self, first: PageId, into: &mut [u8]) -> Result<(), ReadError> {
@@ -74,6 +79,28 @@ impl PageSource for SnapshotFile {
             _ => Ok(()),
         }
     }
+}
+
+/// All extents of `source`, one behind the other; ends with the first page it does not have.
+pub(super) fn extents(source: &dyn PageSource) -> impl Iterator<Item = Result<StateRun, RestoreError>> {
+    let mut page = PageId(0);
+    std::iter::from_fn(move || {
+        if page.0 >= source.pages() {
+            return None;
+        }
+        // Any implementation, so that none can have us restore a page that is not there or go round for ever.
+        let sound = |extent: &StateRun| {
+            let run = extent.run;
+            run.first == page && run.pages > 0 && run.end().0 <= source.pages() && extent.state != PageState::InParent
+        };
+        let Some(extent) = source.extent(page).filter(sound) else {
+            let missing = RestoreError::Incomplete { page, place: place(source.blocks(), page) };
+            page = PageId(u64::MAX);
+            return Some(Err(missing));
+        };
+        page = extent.run.end();
+        Some(Ok(extent))
+    })
 }
 
 /// For each of the image's `blocks`, its block in `table`: the same name, at the same guest address, with the same length in

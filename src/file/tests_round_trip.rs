@@ -13,7 +13,7 @@ use crate::sink::{ImageSink, PageDigest, Piece};
 
 /// What becomes of one page.
 #[derive(Clone, Copy, PartialEq, Debug)]
-enum Content {
+pub(super) enum Content {
     NeverGiven,
     Zero,
     Data(u8),
@@ -30,7 +30,7 @@ struct World {
     threads: usize,
 }
 
-fn blocks() -> impl Strategy<Value = Vec<RamBlock>> {
+pub(super) fn blocks() -> impl Strategy<Value = Vec<RamBlock>> {
     let treatment = prop_oneof![
         4 => Just(Treatment::Tracked),
         1 => Just(Treatment::ReadOnly),

@@ -2,7 +2,8 @@
 #![allow(clippy::unwrap_used)] // A test that panics has failed, and says where.
 
 use std::collections::HashMap;
-use std::path::Path;
+use std::path::{Path, PathBuf};
+use std::process::Command;
 use std::sync::Mutex;
 
 use ramshot_core::{
@@ -10,7 +11,8 @@ use ramshot_core::{
 };
 
 use super::format::PAGE;
-use super::{FileSink, FileSinkOptions};
+use super::tests_round_trip::Content;
+use super::{FileSink, FileSinkOptions, PageSource, PageState, ParentRef};
 use crate::sink::{Committed, ImageMeta, ImageSink, PageDigest, Piece};
 
 pub(super) fn block(name: &str, guest: u64, pages: u64) -> RamBlock {
@@ -106,4 +108,82 @@ impl RamTarget for TestRam {
         fill(bytes.get_mut(offset..offset + len).ok_or(fault)?);
         Ok(())
     }
+}
+
+/// One snapshot of a chain, page by page: not given, zero (all bytes 0), or filled with a seed.
+pub(super) type Layer = Vec<Content>;
+
+/// The memory after `layers`, the oldest first, by a model that knows nothing of files.
+pub(super) fn memory(layers: &[Layer]) -> Vec<u8> {
+    let mut flat = vec![0; layers[0].len() * PAGE];
+    for layer in layers {
+        for (page, content) in layer.iter().enumerate() {
+            match content {
+                Content::NeverGiven => {}
+                Content::Zero => flat[page * PAGE..(page + 1) * PAGE].fill(0),
+                Content::Data(seed) => fill(&mut flat, page, *seed),
+            }
+        }
+    }
+    flat
+}
+
+/// Writes one snapshot, on `parent` if there is one; page by page, so that a page the layer does not give stays in the parent.
+pub(super) fn write_layer(path: &Path, table: &BlockTable, layer: &Layer, parent: Option<ParentRef>) -> ParentRef {
+    let sink = FileSink::create_as(path, table, &QUICK, parent, None).unwrap();
+    let flat = memory(std::slice::from_ref(layer));
+    for (page, content) in layer.iter().enumerate() {
+        if *content != Content::NeverGiven {
+            give(&sink, &flat, page as u64, 1);
+        }
+    }
+    let meta = ImageMeta { device_state: format!("device {path:?}").into_bytes(), ..meta() };
+    Box::new(sink).commit(&meta).unwrap().snapshot.unwrap()
+}
+
+/// Writes a chain into `dir`: `0`, `1` and so on. Returns the path of the last.
+pub(super) fn write_chain(dir: &Path, table: &BlockTable, layers: &[Layer]) -> PathBuf {
+    let mut parent = None;
+    for (number, layer) in layers.iter().enumerate() {
+        parent = Some(write_layer(&dir.join(number.to_string()), table, layer, parent));
+    }
+    dir.join((layers.len() - 1).to_string())
+}
+
+/// All of an image, as [`PageSource`] has it.
+pub(super) fn read_all(source: &dyn PageSource) -> Vec<u8> {
+    let mut flat = vec![0; usize::try_from(source.pages()).unwrap() * PAGE];
+    let mut page = PageId(0);
+    while page.0 < source.pages() {
+        let extent = source.extent(page).unwrap();
+        assert_eq!(extent.run.first, page);
+        let from = usize::try_from(page.0).unwrap() * PAGE;
+        if extent.state == PageState::Data {
+            let len = usize::try_from(extent.run.bytes()).unwrap();
+            source.read_run(page, &mut flat[from..from + len]).unwrap();
+        }
+        page = extent.run.end();
+    }
+    assert_eq!(source.extent(page), None);
+    flat
+}
+
+/// Names in a directory, sorted.
+pub(super) fn names(dir: &Path) -> Vec<String> {
+    let entries = std::fs::read_dir(dir).unwrap();
+    let mut names: Vec<String> = entries.map(|entry| entry.unwrap().file_name().into_string().unwrap()).collect();
+    names.sort();
+    names
+}
+
+/// Calls `test` with a file system of its own of `size` (as mount(8) takes it), or says that it cannot be had.
+pub(super) fn on_small_disk(size: &str, test: impl FnOnce(&Path) + std::panic::UnwindSafe) {
+    let dir = tempfile::tempdir().unwrap();
+    let mount = Command::new("mount").args(["-t", "tmpfs", "-o", size, "ramshot-test"]).arg(dir.path()).output();
+    if !mount.is_ok_and(|output| output.status.success()) {
+        return println!("SKIPPED: a tmpfs cannot be mounted here (needs root)");
+    }
+    let outcome = std::panic::catch_unwind(|| test(dir.path()));
+    assert!(Command::new("umount").arg(dir.path()).status().unwrap().success());
+    outcome.unwrap();
 }

@@ -3,7 +3,7 @@
 use std::fs::File;
 use std::io::IoSlice;
 
-use ramshot_core::{Backing, BlockTable, Treatment};
+use ramshot_core::{Backing, Treatment};
 use zerocopy::little_endian::{U32, U64};
 use zerocopy::{FromZeros, IntoBytes};
 
@@ -13,15 +13,22 @@ use super::format::{
 };
 use super::pages::PageTable;
 use super::sections::{Failed, SectionWriter, write_all};
-use super::{ParentRef, SnapshotId};
+use super::{FileBlock, ParentRef, SnapshotId};
 use crate::sink::ImageMeta;
 
 /// Everything the trailer says that is not in the page table.
 pub(super) struct Contents<'a> {
     pub(super) id: SnapshotId,
     pub(super) parent: Option<ParentRef>,
-    pub(super) table: &'a BlockTable,
+    pub(super) blocks: &'a [FileBlock],
     pub(super) meta: &'a ImageMeta,
+}
+
+impl Contents<'_> {
+    /// Pages of the flat RAM.
+    fn pages(&self) -> u64 {
+        self.blocks.last().map_or(0, |block| block.run().end().0)
+    }
 }
 
 /// A statistic that cannot be stored, if there is one: the key's length in bytes is not 1 to [`MAX_KEY`].
@@ -31,7 +38,7 @@ pub(super) fn bad_key(meta: &ImageMeta) -> Option<&str> {
 
 /// Writes trailer and tail behind the RAM; returns the length of the file and the trailer checksum.
 pub(super) fn write(file: &File, contents: &Contents<'_>, pages: &PageTable) -> Result<(u64, u32), Failed> {
-    let trailer_offset = contents.table.pages() * PAGE_BYTES;
+    let trailer_offset = contents.pages() * PAGE_BYTES;
     let sections = Kind::ALL.len() as u64;
     let mut out = SectionWriter::new(file, trailer_offset + HEADER_LEN + sections * SECTION_LEN);
     let mut directory = [Section::new_zeroed(); Kind::ALL.len()];
@@ -57,7 +64,7 @@ pub(super) fn write(file: &File, contents: &Contents<'_>, pages: &PageTable) -> 
         parent_id: contents.parent.map_or([0; 16], |parent| parent.id.0),
         parent_crc: U32::new(contents.parent.map_or(0, |parent| parent.checksum)),
         page_size: U32::new(u32::try_from(PAGE_BYTES).unwrap_or(0)),
-        pages: U64::new(contents.table.pages()),
+        pages: U64::new(contents.pages()),
         data_pages: U64::new(pages.data_pages()),
         default_state: pages.default_state().code(),
         reserved: [0; 7],
@@ -104,7 +111,7 @@ fn put_section(
     pages: &PageTable,
 ) -> Result<(), Failed> {
     match kind {
-        Kind::Blocks => put_blocks(out, contents.table),
+        Kind::Blocks => put_blocks(out, contents.blocks),
         Kind::States => pages.for_each_run(|r| out.put(&pack_run(r.run.first.0, r.run.pages, r.state).to_le_bytes())),
         Kind::Checksums => pages.for_each_crc(|crc| out.put(&crc.to_le_bytes())),
         Kind::Device => out.put(&contents.meta.device_state),
@@ -116,16 +123,15 @@ fn put_section(
     }
 }
 
-fn put_blocks(out: &mut SectionWriter<'_>, table: &BlockTable) -> Result<(), Failed> {
-    let mut first_page = 0;
-    for block in table.blocks() {
+fn put_blocks(out: &mut SectionWriter<'_>, blocks: &[FileBlock]) -> Result<(), Failed> {
+    for block in blocks {
         let name = block.name.as_str().as_bytes();
         let mut record = BlockRecord {
             guest: U64::new(block.guest.0),
             len: U64::new(block.len),
             used: U64::new(block.used),
             page_size: U64::new(block.page_size),
-            first_page: U64::new(first_page),
+            first_page: U64::new(block.first_page.0),
             treatment: treatment_code(block.treatment),
             backing: backing_code(block.backing),
             name_len: u8::try_from(name.len()).unwrap_or(0),
@@ -134,7 +140,6 @@ fn put_blocks(out: &mut SectionWriter<'_>, table: &BlockTable) -> Result<(), Fai
         };
         record.name.iter_mut().zip(name).for_each(|(to, from)| *to = *from);
         out.put(record.as_bytes())?;
-        first_page += block.pages();
     }
     Ok(())
 }

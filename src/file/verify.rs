@@ -1,9 +1,13 @@
 //! Checking every byte of an open snapshot.
 
+use std::fs::File;
+use std::io::{self, ErrorKind};
+
 use ramshot_core::{PageId, Run};
 
 use super::error::{ReadError, ReadErrorKind};
 use super::format::{PAGE, PAGE_BYTES};
+use super::parse::Source;
 use super::{PageState, SnapshotFile, parallel, place};
 use crate::os::storage;
 
@@ -94,29 +98,42 @@ impl SnapshotFile {
     }
 
     fn verify_hole(&self, buffer: &mut Vec<u8>, from: PageId, to: PageId) -> Result<(), ReadError> {
-        let mut page = from.0;
-        while page < to.0 {
-            // A system that cannot tell answers with the offset itself: then everything is read.
-            let offset = page * PAGE_BYTES;
-            let next = storage::next_data(self.file(), offset)
-                .map_err(|source| self.error(ReadErrorKind::Io { offset, len: PAGE, source }))?;
-            let Some(next) = next else { return Ok(()) };
-            page = page.max(next / PAGE_BYTES);
-            if page >= to.0 {
-                return Ok(());
-            }
-            let pages = STEP_PAGES.min(to.0 - page);
-            let bytes = scratch(buffer, pages);
-            self.read_bytes(page * PAGE_BYTES, bytes)?;
-            if let Some(bad) = bytes.as_chunks::<PAGE>().0.iter().position(|page| *page != [0; PAGE]) {
-                let page = PageId(page + bad as u64);
+        let (offset, len) = (from.0 * PAGE_BYTES, PAGE);
+        match first_stray(self.file(), buffer, from, to) {
+            Ok(None) => Ok(()),
+            Ok(Some(page)) => {
                 let (place, offset) = (place(self.blocks(), page), page.0 * PAGE_BYTES);
-                return Err(self.error(ReadErrorKind::NotZero { page, place, offset }));
+                Err(self.error(ReadErrorKind::NotZero { page, place, offset }))
             }
-            page += pages;
+            Err(source) if source.kind() == ErrorKind::UnexpectedEof => {
+                Err(self
+                    .error(ReadErrorKind::Shrunk { offset: self.file().metadata().map_or(offset, |now| now.len()) }))
+            }
+            Err(source) => Err(self.error(ReadErrorKind::Io { offset, len, source })),
         }
-        Ok(())
     }
+}
+
+/// The first page from `from` on, before `to`, whose place in the file is not zero. Holes are not read where the system
+/// can name them.
+pub(super) fn first_stray(file: &File, buffer: &mut Vec<u8>, from: PageId, to: PageId) -> io::Result<Option<PageId>> {
+    let mut page = from.0;
+    while page < to.0 {
+        // A system that cannot tell answers with the offset itself: then everything is read.
+        let Some(next) = storage::next_data(file, page * PAGE_BYTES)? else { return Ok(None) };
+        page = page.max(next / PAGE_BYTES);
+        if page >= to.0 {
+            return Ok(None);
+        }
+        let pages = STEP_PAGES.min(to.0 - page);
+        let bytes = scratch(buffer, pages);
+        file.read_exact_at(bytes, page * PAGE_BYTES)?;
+        if let Some(bad) = bytes.as_chunks::<PAGE>().0.iter().position(|page| *page != [0; PAGE]) {
+            return Ok(Some(PageId(page + bad as u64)));
+        }
+        page += pages;
+    }
+    Ok(None)
 }
 
 /// Room for `pages` pages, at most [`STEP_PAGES`]. Allocated once a thread.

@@ -7,10 +7,10 @@ use std::str::FromStr;
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
-use ramshot::core::{PageId, RamTarget, Run};
 use ramshot::file::PageSource;
 use ramshot::{
-    GuestRam, LazyOptions, LazyRestore, Live, MapTarget, Pending, Prepared, RamError, SnapshotFailed, SnapshotFile,
+    Chain, GuestRam, LazyOptions, LazyRestore, Live, MapTarget, Pending, Prepared, RamError, SnapshotFailed,
+    SnapshotFile,
 };
 
 use crate::{Accel, Backing, CheckReport, Guest, GuestConfig, GuestError, Memory, Workload, new_guest, verify};
@@ -125,7 +125,12 @@ pub fn restore_chain(
     if let [file] = files {
         file.restore_into(ram.table(), &ram, 2)?;
     } else {
-        overlay(files, &ram)?;
+        // By its path alone: the parents are found beside it.
+        let chain = Chain::open(file.path())?;
+        if chain.depth() != files.len() {
+            return Err(format!("a chain of {} snapshots is one of {} on disk", files.len(), chain.depth()).into());
+        }
+        chain.restore_into(ram.table(), &ram, 2)?;
     }
     let took = start.elapsed();
     drop(ram);
@@ -133,19 +138,6 @@ pub fn restore_chain(
     let guest = new_guest(accel, memory, config)?;
     guest.restore(file.device_state())?;
     Ok(Restored { guest, took, mismatched })
-}
-
-/// Fills `ram` page by page, each from the last file that has it.
-fn overlay(files: &[SnapshotFile], ram: &GuestRam) -> Result<(), Box<dyn Error>> {
-    let mut bytes = [0; 4096];
-    for page in (0..ram.table().pages()).map(PageId) {
-        verify::page_of_chain(files, page, &mut bytes)?;
-        let range = ram.table().host_range(Run::new(page, 1)).ok_or("a page in no block")?;
-        if bytes != [0; 4096] {
-            ram.with_mut(range.start, bytes.len(), &mut |into| into.copy_from_slice(&bytes))?;
-        }
-    }
-    Ok(())
 }
 
 /// How a snapshot is given back.
