@@ -29,13 +29,15 @@ pub(super) fn write_all(file: &File, mut slices: &mut [IoSlice<'_>], mut offset:
     Ok(())
 }
 
-/// [`write_all`] by way of `direct`. Direct I/O takes whole blocks only, so what it leaves of a block that it cut short (the
-/// disk is full, the file may not grow) goes to `file`, which is the same one: the error is then what is wrong, not `EINVAL`.
+/// [`write_all`] by way of `direct`. Direct I/O takes whole blocks only: where a write is cut short inside one (the disk is
+/// full, the file may not grow) it takes part of it, or answers `EINVAL`. What is left then goes to `file`, which is the
+/// same one, and whose answer is what is really wrong.
 fn write_all_directly(direct: &File, file: &File, mut slices: &mut [IoSlice<'_>], offset: u64) -> io::Result<()> {
     let len: usize = slices.iter().map(|slice| slice.len()).sum();
     let written = loop {
         match storage::write_vectored_at(direct, slices, offset) {
             Err(error) if error.kind() == ErrorKind::Interrupted => {}
+            Err(error) if error.kind() == ErrorKind::InvalidInput => break 0,
             answer => break answer?,
         }
     };

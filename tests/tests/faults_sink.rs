@@ -234,7 +234,8 @@ fn a_write_is_cut_short_by_the_kernel() {
                 let live = rig.begin(prepared).unwrap();
                 live.and_then(Live::finish)
             };
-            assert!(says(live, &format!("a limit of {limit} bytes")).contains("File too large"), "{accel}");
+            let said = says(live, &format!("a limit of {limit} bytes"));
+            assert!(said.contains("File too large"), "{accel}, {limit} bytes: {said}");
             rig.unharmed().unwrap();
         }
         rig.exact_snapshot().unwrap();
