@@ -5,9 +5,9 @@ use std::path::PathBuf;
 use clap::Args;
 use ramshot::SnapshotFile;
 use ramshot::core::{PageId, Run};
-use ramshot::file::{FileBlock, PageState, ParentRef};
+use ramshot::file::{Ancestry, PageState, ParentRef};
 
-use crate::outcome::{Failure, open};
+use crate::outcome::Failure;
 
 /// Bytes of a page, as an index.
 pub(crate) const PAGE: usize = 4096;
@@ -23,7 +23,7 @@ pub(crate) type Take<'a> = dyn FnMut(PageId, &[u8]) -> Result<(), Failure> + 'a;
 #[derive(Args, Debug, Default)]
 pub(crate) struct Parents {
     /// A snapshot that SNAPSHOT builds on, if it is an increment. May be given several times, in any order: they are
-    /// found by their ids.
+    /// found by their ids. What is not given is looked for beside the file that needs it.
     #[arg(long = "parent", value_name = "FILE")]
     pub(crate) files: Vec<PathBuf>,
 }
@@ -39,60 +39,42 @@ pub(crate) enum Origin {
     Missing,
 }
 
-/// A snapshot and as many of its ancestors as were given, newest first.
+/// A snapshot and as many of its ancestors as are found, newest first.
 #[derive(Debug)]
-pub(crate) struct Chain {
-    top: SnapshotFile,
-    ancestors: Vec<SnapshotFile>,
-}
+pub(crate) struct Chain(Ancestry);
 
 impl Chain {
-    /// Opens `path` and those of `parents` that it builds on, each checked to be exactly the one that is meant.
+    /// Opens `path` and what it builds on, those of `parents` first, each checked to be exactly the one that is meant.
     pub(crate) fn open(path: &std::path::Path, parents: &[PathBuf]) -> Result<Self, Failure> {
-        let top = open(path)?;
-        let mut ancestors: Vec<SnapshotFile> = Vec::new();
-        let mut others = parents.iter().map(|path| open(path)).collect::<Result<Vec<_>, _>>()?;
-        while let child = ancestors.last().unwrap_or(&top)
-            && let Some(parent) = child.parent()
-            && let Some(at) = others.iter().position(|other| other.id() == parent.id)
-        {
-            let found = others.swap_remove(at);
-            check_link(child, parent, &found)?;
-            ancestors.push(found);
-        }
-        Ok(Self { top, ancestors })
+        Ok(Self(Ancestry::open(path, parents)?))
     }
 
     /// The snapshot itself, the newest of the chain.
     pub(crate) const fn top(&self) -> &SnapshotFile {
-        &self.top
+        &self.0.tip
     }
 
-    /// Those it builds on, as far as they were given, newest first.
+    /// Those it builds on, as far as they were found, newest first.
     pub(crate) fn ancestors(&self) -> &[SnapshotFile] {
-        &self.ancestors
+        &self.0.ancestors
     }
 
     /// Number `depth` of the chain, the newest being 0.
     pub(crate) fn file(&self, depth: usize) -> Option<&SnapshotFile> {
         match depth.checked_sub(1) {
-            None => Some(&self.top),
-            Some(depth) => self.ancestors.get(depth),
+            None => Some(&self.0.tip),
+            Some(depth) => self.0.ancestors.get(depth),
         }
     }
 
-    /// The ancestor that is needed and was not given.
+    /// The ancestor that is needed and was not found.
     pub(crate) fn missing(&self) -> Option<ParentRef> {
-        self.oldest().parent()
-    }
-
-    fn oldest(&self) -> &SnapshotFile {
-        self.ancestors.last().unwrap_or(&self.top)
+        self.0.ancestors.last().unwrap_or(&self.0.tip).parent()
     }
 
     /// Fails unless every page's bytes are at hand.
     pub(crate) fn complete(&self) -> Result<(), Failure> {
-        let Some(parent) = self.missing() else { return Ok(()) };
+        let Some(missing) = &self.0.missing else { return Ok(()) };
         let all = Run::new(PageId(0), self.top().pages());
         let mut pages = 0;
         self.resolve(all, &mut |run, origin| {
@@ -102,11 +84,7 @@ impl Chain {
         if pages == 0 {
             return Ok(());
         }
-        Err(Failure::says(format!(
-            "snapshot {:?} is an increment: {pages} pages are in its parent {}; give that with --parent",
-            self.oldest().path(),
-            parent.id
-        )))
+        Err(Failure::says(format!("{missing} (--parent FILE); {pages} pages are in it")))
     }
 
     /// Calls `each` for all pages of `run` in order, in pieces that have one origin.
@@ -165,27 +143,4 @@ fn scratch(buffer: &mut Vec<u8>, pages: u64) -> &mut [u8] {
         buffer.resize(len, 0);
     }
     buffer.get_mut(..len).unwrap_or_default()
-}
-
-/// Whether `found` is the snapshot that `child` calls its parent, with the same RAM.
-fn check_link(child: &SnapshotFile, parent: ParentRef, found: &SnapshotFile) -> Result<(), Failure> {
-    if found.checksum() != parent.checksum {
-        return Err(Failure::Damaged(
-            format!(
-                "{:?} has the id of the parent of {:?}, but not its content: trailer checksum {:#010x}, {:#010x} is meant",
-                found.path(),
-                child.path(),
-                found.checksum(),
-                parent.checksum
-            )
-            .into(),
-        ));
-    }
-    let shape = |block: &FileBlock| (block.name, block.guest, block.used, block.first_page, block.pages());
-    if !child.blocks().iter().map(shape).eq(found.blocks().iter().map(shape)) || child.pages() != found.pages() {
-        return Err(Failure::Damaged(
-            format!("{:?} is the parent of {:?} and has other RAM blocks", found.path(), child.path()).into(),
-        ));
-    }
-    Ok(())
 }

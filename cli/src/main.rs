@@ -1,6 +1,6 @@
 //! The `ramshot` command: looks into snapshot files, checks, compares and converts them, and shows a live snapshot.
 //!
-//! One file a subcommand: its arguments and what it does. What they share: [`chain`] (a snapshot and those it builds
+//! One file a subcommand (`flatten` and `rebase` share [`merge`]): its arguments and what it does. What they share: [`chain`] (a snapshot and those it builds
 //! on), [`outcome`] (exit codes), [`out`] (standard output), [`progress`], [`target`] (files that appear when they are
 //! complete), [`size`] (sizes and addresses as people write them).
 #![forbid(unsafe_code)]
@@ -15,6 +15,7 @@ mod import;
 mod inspect;
 mod man;
 mod map;
+mod merge;
 mod out;
 mod outcome;
 mod progress;
@@ -54,6 +55,8 @@ enum Command {
     Inspect(inspect::Inspect),
     Verify(verify::Verify),
     Diff(diff::Diff),
+    Flatten(merge::Flatten),
+    Rebase(merge::Rebase),
     Export(export::Export),
     Import(import::Import),
     Map(map::Map),
@@ -68,6 +71,8 @@ impl Command {
             Self::Inspect(command) => command.run(out),
             Self::Verify(command) => command.run(out),
             Self::Diff(command) => command.run(out),
+            Self::Flatten(command) => command.run(out),
+            Self::Rebase(command) => command.run(out),
             Self::Export(command) => command.run(out),
             Self::Import(command) => command.run(out),
             Self::Map(command) => command.run(out),

@@ -6,7 +6,7 @@ use std::io::{self, Write};
 use std::process::ExitCode;
 
 use ramshot::SnapshotFile;
-use ramshot::file::{OpenError, OpenErrorKind, ReadError, ReadErrorKind};
+use ramshot::file::{ChainError, MergeError, OpenError, OpenErrorKind, ReadError, ReadErrorKind};
 
 /// What a command that did its work has to say.
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
@@ -86,17 +86,54 @@ pub(crate) fn open(path: &std::path::Path) -> Result<SnapshotFile, Failure> {
 
 impl From<OpenError> for Failure {
     fn from(error: OpenError) -> Self {
-        match error.kind {
-            OpenErrorKind::NoTail { .. }
-            | OpenErrorKind::Appended { .. }
-            | OpenErrorKind::Length { .. }
-            | OpenErrorKind::Damaged { .. }
-            | OpenErrorKind::Invalid { .. } => Self::Damaged(Box::new(error)),
-            OpenErrorKind::Io { .. }
-            | OpenErrorKind::NotAFile { .. }
-            | OpenErrorKind::Version { .. }
-            | OpenErrorKind::UnknownSection { .. }
-            | OpenErrorKind::OutOfMemory { .. } => Self::Refused(Box::new(error)),
+        if is_damage(&error.kind) { Self::Damaged(Box::new(error)) } else { Self::Refused(Box::new(error)) }
+    }
+}
+
+/// Whether the file is a snapshot that has come to harm, and not something else or out of reach.
+const fn is_damage(kind: &OpenErrorKind) -> bool {
+    match kind {
+        OpenErrorKind::NoTail { .. }
+        | OpenErrorKind::Appended { .. }
+        | OpenErrorKind::Length { .. }
+        | OpenErrorKind::Damaged { .. }
+        | OpenErrorKind::Invalid { .. } => true,
+        OpenErrorKind::Io { .. }
+        | OpenErrorKind::NotAFile { .. }
+        | OpenErrorKind::Version { .. }
+        | OpenErrorKind::UnknownSection { .. }
+        | OpenErrorKind::OutOfMemory { .. } => false,
+    }
+}
+
+impl From<ChainError> for Failure {
+    fn from(error: ChainError) -> Self {
+        match error {
+            ChainError::Open(error) => error.into(),
+            ChainError::Parent { ref source, .. } => {
+                if is_damage(&source.kind) {
+                    Self::Damaged(Box::new(error))
+                } else {
+                    Self::Refused(Box::new(error))
+                }
+            }
+            ChainError::Modified { .. } | ChainError::Cycle { .. } | ChainError::Layout { .. } => {
+                Self::Damaged(Box::new(error))
+            }
+            ChainError::Missing { .. } | ChainError::TooDeep { .. } | ChainError::Directory { .. } => {
+                Self::Refused(Box::new(error))
+            }
+        }
+    }
+}
+
+impl From<MergeError> for Failure {
+    fn from(error: MergeError) -> Self {
+        match error {
+            MergeError::Read(error) => error.into(),
+            MergeError::Create(_) | MergeError::Write(_) | MergeError::Layout { .. } | MergeError::Needed { .. } => {
+                Self::Refused(Box::new(error))
+            }
         }
     }
 }

@@ -15,15 +15,18 @@ pub(super) struct Batches<T> {
     starts: Vec<usize>,
     /// Pages in the last unit.
     filled: u64,
+    /// Pages in all.
+    pages: u64,
 }
 
 impl<T: Copy> Batches<T> {
     pub(super) const fn new() -> Self {
-        Self { items: Vec::new(), starts: Vec::new(), filled: UNIT_PAGES }
+        Self { items: Vec::new(), starts: Vec::new(), filled: UNIT_PAGES, pages: 0 }
     }
 
     /// Adds a run, in pieces if it is long.
     pub(super) fn push(&mut self, run: Run, what: T) {
+        self.pages += run.pages;
         let mut first = run.first.0;
         while first < run.end().0 {
             if self.filled >= UNIT_PAGES {
@@ -35,6 +38,11 @@ impl<T: Copy> Batches<T> {
             self.filled += pages;
             first += pages;
         }
+    }
+
+    /// Pages of all units.
+    pub(super) const fn pages(&self) -> u64 {
+        self.pages
     }
 
     /// How many units there are.

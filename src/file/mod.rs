@@ -63,7 +63,7 @@ use std::time::SystemTime;
 
 use ramshot_core::{Backing, BlockName, GuestAddr, PageId, Run, Treatment};
 
-pub use chain::{Chain, ChainError, Looked, MAX_CHAIN};
+pub use chain::{Ancestry, Chain, ChainError, Looked, MAX_CHAIN};
 pub use error::{CreateError, LayoutMismatch, OpenError, OpenErrorKind, ReadError, ReadErrorKind, RestoreError};
 pub use mapped::MapError;
 pub use merge::{MergeError, MergeOptions, MergeReport, flatten, rebase};

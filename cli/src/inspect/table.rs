@@ -44,7 +44,7 @@ fn write_chain(chain: &Chain, out: &mut Out) -> Result<(), Failure> {
         label = "its parent";
     }
     match chain.missing() {
-        Some(parent) => writeln!(out, "{label:<13} {} (not given: --parent FILE)", parent.id)?,
+        Some(parent) => writeln!(out, "{label:<13} {} (not found: --parent FILE)", parent.id)?,
         None => writeln!(out, "{label:<13} none")?,
     }
     Ok(())

@@ -59,30 +59,31 @@ fn names_cannot_drive_the_terminal() {
 }
 
 #[test]
-fn the_chain_is_shown_as_far_as_it_is_given() {
+fn the_chain_is_shown_as_far_as_it_is_found() {
     let world = World::new();
     let dir = world.dir.path();
-    let base = forge::write(&world.path("base"), 1, None, &two_blocks(), &forge::pages(&world.flat));
+    fs::create_dir(world.path("old")).unwrap();
+    let base = forge::write(&world.path("old/base"), 1, None, &two_blocks(), &forge::pages(&world.flat));
     let mut pages = vec![Page::InParent; 64];
     pages[3] = Page::Data(vec![9; PAGE]);
     pages[5] = Page::Zero;
-    let middle = forge::write(&world.path("middle"), 2, Some((1, base)), &two_blocks(), &pages);
+    let middle = forge::write(&world.path("old/middle"), 2, Some((1, base)), &two_blocks(), &pages);
     forge::write(&world.path("top"), 3, Some((2, middle)), &two_blocks(), &vec![Page::InParent; 64]);
 
     let alone = yes(dir, &["inspect", "top"]);
-    assert!(alone.contains(&format!("{} (not given", "02".repeat(16))), "{alone}");
-    let all = ["inspect", "top", "--json", "--parent", "base", "--parent", "middle"];
+    assert!(alone.contains(&format!("{} (not found", "02".repeat(16))), "{alone}");
+    let all = ["inspect", "top", "--json", "--parent", "old/middle"];
     let value = json(&yes(dir, &all));
     let paths: Vec<_> = value["chain"].as_array().unwrap().iter().map(|link| link["path"].as_str().unwrap()).collect();
-    assert_eq!(paths, ["middle", "base"]);
+    assert_eq!(paths, ["old/middle", "old/base"]);
     assert_eq!((&value["in_parent_pages"], &value["default_state"]), (&64.into(), &"in parent".into()));
-    let value = json(&yes(dir, &["inspect", "--json", "middle"]));
+    let value = json(&yes(dir, &["inspect", "--json", "old/middle"]));
     assert_eq!(
         (&value["data_pages"], &value["zero_pages"], &value["in_parent_pages"]),
         (&1.into(), &1.into(), &62.into())
     );
 
     // Another file that claims to be the base.
-    forge::write(&world.path("base"), 1, None, &two_blocks(), &forge::pages(&memory(64, 1)));
-    fails(dir, 1, &["not its content"], &["inspect", "middle", "--parent", "base"]);
+    forge::write(&world.path("old/base"), 1, None, &two_blocks(), &forge::pages(&memory(64, 1)));
+    fails(dir, 1, &["is not the parent", "any more"], &["inspect", "old/middle"]);
 }

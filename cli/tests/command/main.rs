@@ -8,6 +8,7 @@ mod forge;
 mod import;
 mod inspect;
 mod map;
+mod merge;
 mod shell;
 mod support;
 mod verify;

@@ -68,30 +68,14 @@ impl Chain {
     }
 
     fn open_up_to(path: &Path, given: &[PathBuf], limit: usize) -> Result<Self, ChainError> {
-        let tip = SnapshotFile::open(path)?;
-        let mut search = Search::new(given, tip.pages())?;
-        let mut ids = HashSet::from([tip.id()]);
-        let mut ancestors: Vec<SnapshotFile> = Vec::new();
-        loop {
-            let child = ancestors.last().unwrap_or(&tip);
-            let Some(parent) = child.parent() else { break };
-            // By the id alone: ids are never given twice, so no checksum can make this a chain.
-            if !ids.insert(parent.id) {
-                return Err(ChainError::Cycle { child: child.path().to_owned(), id: parent.id });
-            }
-            if ids.len() > limit {
-                return Err(ChainError::TooDeep { path: path.to_owned(), limit });
-            }
-            let file = search.open_parent(child, parent)?;
-            if let Some(difference) = layout_difference(child.blocks(), file.blocks()) {
-                let (child, parent) = (child.path().to_owned(), file.path().to_owned());
-                return Err(ChainError::Layout { child, parent, difference });
-            }
-            ancestors.push(file);
-        }
+        find_up_to(path, given, limit)?.whole()
+    }
+
+    /// Of files that are one.
+    fn of(tip: SnapshotFile, ancestors: Vec<SnapshotFile>) -> Self {
         let files: Vec<&SnapshotFile> = std::iter::once(&tip).chain(&ancestors).collect();
         let index = MergedIndex::new(&files);
-        Ok(Self { tip, ancestors, index })
+        Self { tip, ancestors, index }
     }
 
     /// The snapshot itself, the newest of the chain.
@@ -159,6 +143,73 @@ impl Chain {
         });
         (run, file)
     }
+}
+
+/// As much of a chain as is there: for looking at snapshots, not for restoring them.
+#[derive(Debug)]
+pub struct Ancestry {
+    /// The snapshot itself.
+    pub tip: SnapshotFile,
+    /// Its ancestors, the nearest first: each the parent that the one before it names.
+    pub ancestors: Vec<SnapshotFile>,
+    /// What was looked for in vain, if the last one is an increment itself: [`ChainError::Missing`].
+    pub missing: Option<ChainError>,
+}
+
+impl Ancestry {
+    /// Opens the snapshot at `path` and what is found of its ancestors, as [`Chain::open_with`] does. A parent that is not
+    /// found ends the search, and is no error.
+    ///
+    /// # Errors
+    /// As there, but for [`ChainError::Missing`].
+    pub fn open(path: impl AsRef<Path>, parents: &[impl AsRef<Path>]) -> Result<Self, ChainError> {
+        let parents: Vec<PathBuf> = parents.iter().map(|path| path.as_ref().to_owned()).collect();
+        find_up_to(path.as_ref(), &parents, MAX_CHAIN)
+    }
+
+    /// The chain, if it is whole.
+    ///
+    /// # Errors
+    /// What is missing.
+    pub fn whole(self) -> Result<Chain, ChainError> {
+        match self.missing {
+            Some(missing) => Err(missing),
+            None => Ok(Chain::of(self.tip, self.ancestors)),
+        }
+    }
+}
+
+fn find_up_to(path: &Path, given: &[PathBuf], limit: usize) -> Result<Ancestry, ChainError> {
+    let tip = SnapshotFile::open(path)?;
+    let mut search = Search::new(given, tip.pages())?;
+    let mut ids = HashSet::from([tip.id()]);
+    let mut ancestors: Vec<SnapshotFile> = Vec::new();
+    let mut missing = None;
+    loop {
+        let child = ancestors.last().unwrap_or(&tip);
+        let Some(parent) = child.parent() else { break };
+        // By the id alone: ids are never given twice, so no checksum can make this a chain.
+        if !ids.insert(parent.id) {
+            return Err(ChainError::Cycle { child: child.path().to_owned(), id: parent.id });
+        }
+        if ids.len() > limit {
+            return Err(ChainError::TooDeep { path: path.to_owned(), limit });
+        }
+        let file = match search.open_parent(child, parent) {
+            Ok(file) => file,
+            Err(error @ ChainError::Missing { .. }) => {
+                missing = Some(error);
+                break;
+            }
+            Err(error) => return Err(error),
+        };
+        if let Some(difference) = layout_difference(child.blocks(), file.blocks()) {
+            let (child, parent) = (child.path().to_owned(), file.path().to_owned());
+            return Err(ChainError::Layout { child, parent, difference });
+        }
+        ancestors.push(file);
+    }
+    Ok(Ancestry { tip, ancestors, missing })
 }
 
 impl PageSource for Chain {

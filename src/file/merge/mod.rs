@@ -75,21 +75,27 @@ pub struct MergeReport {
 }
 
 /// Merges `chain` into one full snapshot at `target`, with the same memory, device state and statistics, and a new id.
+/// `progress` hears of pages done and how many there are to do.
 ///
 /// # Errors
 /// What cannot be read, is damaged, or cannot be written, a full disk above all. Nothing is left behind then, and the
 /// chain is as it was.
-pub fn flatten(chain: &Chain, target: impl AsRef<Path>, options: &MergeOptions) -> Result<MergeReport, MergeError> {
+pub fn flatten(
+    chain: &Chain,
+    target: impl AsRef<Path>,
+    options: &MergeOptions,
+    progress: &mut dyn FnMut(u64, u64),
+) -> Result<MergeReport, MergeError> {
     let target = target.as_ref();
     check_target(target, chain, None)?;
     let mut plan = Batches::new();
     plan::flatten(chain, |run, action| plan.push(run, action));
-    merge(&Merge { child: chain, parent: None, target, options, plan })
+    merge(&Merge { child: chain, parent: None, target, options, plan }, progress)
 }
 
 /// Writes the snapshot of `child` at `target` as an increment on the snapshot of `parent`, with the same memory, device state
 /// and statistics, and a new id. The two need not be related, but have the same RAM blocks; pages that `parent` has with
-/// the same bytes stay there.
+/// the same bytes stay there. `progress` as for [`flatten`].
 ///
 /// # Errors
 /// Other RAM, or as [`flatten`].
@@ -98,6 +104,7 @@ pub fn rebase(
     parent: &Chain,
     target: impl AsRef<Path>,
     options: &MergeOptions,
+    progress: &mut dyn FnMut(u64, u64),
 ) -> Result<MergeReport, MergeError> {
     let target = target.as_ref();
     if let Some(difference) = layout_difference(child.blocks(), parent.blocks()) {
@@ -107,7 +114,7 @@ pub fn rebase(
     check_target(target, child, Some(parent))?;
     let mut plan = Batches::new();
     plan::rebase(child, parent, |run, action| plan.push(run, action));
-    merge(&Merge { child, parent: Some(parent), target, options, plan })
+    merge(&Merge { child, parent: Some(parent), target, options, plan }, progress)
 }
 
 /// What is merged into what.
@@ -119,18 +126,19 @@ struct Merge<'a> {
     plan: Batches<Action>,
 }
 
-fn merge(merge: &Merge<'_>) -> Result<MergeReport, MergeError> {
+fn merge(merge: &Merge<'_>, progress: &mut dyn FnMut(u64, u64)) -> Result<MergeReport, MergeError> {
     let tip = merge.child.tip();
     let parent = merge.parent.map(|parent| parent.tip().as_parent());
     let mark = Mark::new(tip.as_parent(), parent);
     let file = &merge.options.file;
+    let total = merge.plan.pages();
     let mut adopt = true;
     loop {
         let sink = FileSink::create_merge(merge.target, tip.blocks(), file, parent, &mark, adopt)?;
         let adopted = sink.adopted();
         let copier = Copier::new(merge.child, merge.parent, &sink);
         let work = |buffers: &mut _, unit: u64| copier.unit(buffers, merge.plan.unit(unit));
-        parallel::run(merge.plan.units(), merge.options.threads, &work, &mut |_| {})?;
+        parallel::run(merge.plan.units(), merge.options.threads, &work, &mut |done| progress(done, total))?;
         let counts = copier.counts();
         if adopted && let Some(page) = sink.find_stray().map_err(|source| stray_error(merge.target, source))? {
             log::warn!("{:?}: {page} of what a killed merge left is not zero; starting again", merge.target);

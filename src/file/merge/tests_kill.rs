@@ -21,10 +21,10 @@ const KILLS: u64 = 30;
 fn merge(dir: &Path, what: &str, options: &MergeOptions) -> super::MergeReport {
     let (child, target) = (Chain::open(dir.join("2")).unwrap(), dir.join("out"));
     match what {
-        "flatten" => flatten(&child, &target, options).unwrap(),
+        "flatten" => flatten(&child, &target, options, &mut |_, _| {}).unwrap(),
         // In the place of the snapshot itself, as who wants the space back does it.
-        "in place" => flatten(&child, dir.join("2"), options).unwrap(),
-        _ => rebase(&child, &Chain::open(dir.join("other")).unwrap(), &target, options).unwrap(),
+        "in place" => flatten(&child, dir.join("2"), options, &mut |_, _| {}).unwrap(),
+        _ => rebase(&child, &Chain::open(dir.join("other")).unwrap(), &target, options, &mut |_, _| {}).unwrap(),
     }
 }
 

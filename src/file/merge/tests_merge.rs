@@ -48,7 +48,9 @@ fn check(blocks: &[RamBlock], layers: &[Layer], others: &[Layer], shared: usize,
     // One full file.
     let out = tempfile::tempdir().unwrap();
     let whole = out.path().join("flat");
-    let report = flatten(&chain, &whole, &options).unwrap();
+    let mut heard = Vec::new();
+    let report = flatten(&chain, &whole, &options, &mut |done, total| heard.push((done, total))).unwrap();
+    assert!(heard.iter().all(|(done, total)| done <= total) && heard.last().is_some_and(|(done, total)| done == total));
     assert_eq!((report.copied_pages, report.reused_pages), (chain.data_pages(), 0));
     let file = SnapshotFile::open(&whole).unwrap();
     assert_eq!((file.as_parent(), file.parent()), (report.snapshot, None));
@@ -62,11 +64,12 @@ fn check(blocks: &[RamBlock], layers: &[Layer], others: &[Layer], shared: usize,
 
     // Onto the other branch, and back from there onto the flat file.
     let moved = dir.path().join("moved");
-    let report = rebase(&chain, &branch_chain, &moved, &options).unwrap();
+    let report = rebase(&chain, &branch_chain, &moved, &options, &mut |_, _| {}).unwrap();
     check_moved(&moved, &branch_chain, &chain, &flat);
     assert_eq!(report.snapshot, SnapshotFile::open(&moved).unwrap().as_parent());
     let back = out.path().join("back");
-    let report = rebase(&Chain::open(&moved).unwrap(), &Chain::open(&whole).unwrap(), &back, &options).unwrap();
+    let report =
+        rebase(&Chain::open(&moved).unwrap(), &Chain::open(&whole).unwrap(), &back, &options, &mut |_, _| {}).unwrap();
     check_moved(&back, &Chain::open(&whole).unwrap(), &chain, &flat);
     // It has the same memory as its new parent, so nothing is left of it.
     assert_eq!((report.copied_pages, report.zero_pages), (0, 0));
@@ -126,17 +129,17 @@ fn a_child_outlives_its_ancestors() {
     }
     let tip = write_chain(dir.path(), &table, &layers);
     let old = open(dir.path(), 3);
-    flatten(&old, dir.path().join("flat"), &FAST).unwrap();
+    flatten(&old, dir.path().join("flat"), &FAST, &mut |_, _| {}).unwrap();
     let (child, flat) = (Chain::open(&tip).unwrap(), Chain::open(dir.path().join("flat")).unwrap());
     // In its own place.
-    let report = rebase(&child, &flat, &tip, &FAST).unwrap();
+    let report = rebase(&child, &flat, &tip, &FAST, &mut |_, _| {}).unwrap();
     assert_eq!(report.copied_pages, child.tip().data_pages());
     (0..4).for_each(|number| fs::remove_file(dir.path().join(number.to_string())).unwrap());
     let now = Chain::open(&tip).unwrap();
     assert_eq!(now.depth(), 2);
     assert!(read_all(&now) == memory(&layers));
     // And the tip of a chain may be replaced by itself, flattened.
-    flatten(&now, &tip, &FAST).unwrap();
+    flatten(&now, &tip, &FAST, &mut |_, _| {}).unwrap();
     assert!(read_all(&SnapshotFile::open(&tip).unwrap()) == memory(&layers));
     assert_eq!(names(dir.path()), ["4", "flat"]);
 }
@@ -163,7 +166,8 @@ fn pages_that_share_a_checksum_are_told_apart() {
     let child = dir.path().join("child");
     snapshot(&child, &ours);
     let moved = dir.path().join("moved");
-    let report = rebase(&Chain::open(&child).unwrap(), &Chain::open(&parent).unwrap(), &moved, &FAST).unwrap();
+    let report =
+        rebase(&Chain::open(&child).unwrap(), &Chain::open(&parent).unwrap(), &moved, &FAST, &mut |_, _| {}).unwrap();
     assert_eq!((report.copied_pages, report.compared_pages), (1, 4));
     assert!(read_all(&Chain::open(&moved).unwrap()) == ours);
 }
@@ -197,9 +201,9 @@ fn damage_is_not_copied() {
         file.write_all(&[!whole[usize::try_from(page).unwrap() * PAGE + 1]]).unwrap();
         let before = contents(dir.path());
         let (child, parent) = (Chain::open(&tip).unwrap(), Chain::open(&other).unwrap());
-        let mut errors = vec![rebase(&child, &parent, &target, &FAST).unwrap_err()];
+        let mut errors = vec![rebase(&child, &parent, &target, &FAST, &mut |_, _| {}).unwrap_err()];
         if name != "other" {
-            errors.push(flatten(&child, &target, &FAST).unwrap_err());
+            errors.push(flatten(&child, &target, &FAST, &mut |_, _| {}).unwrap_err());
         }
         for error in errors {
             let MergeError::Read(error) = error else { panic!("{error}") };
@@ -227,31 +231,31 @@ fn targets_that_cannot_be() {
     let (child, parent) = (Chain::open(&tip).unwrap(), Chain::open(&other).unwrap());
     let before = contents(dir.path());
     // What the source or the result builds on, by whichever name.
-    let error = flatten(&child, dir.path().join("0"), &FAST).unwrap_err();
+    let error = flatten(&child, dir.path().join("0"), &FAST, &mut |_, _| {}).unwrap_err();
     assert!(matches!(error, MergeError::Needed { snapshot, .. } if snapshot == base.id), "{error}");
     for needed in [other.clone(), dir.path().join("./0"), dir.path().join("0")] {
-        let error = rebase(&child, &parent, &needed, &FAST).unwrap_err();
+        let error = rebase(&child, &parent, &needed, &FAST, &mut |_, _| {}).unwrap_err();
         assert!(matches!(error, MergeError::Needed { .. }), "{error}");
         assert!(error.to_string().contains("another name"), "{error}");
     }
     let keep = MergeOptions { file: FileSinkOptions { replace: false, ..QUICK }, threads: 1 };
-    let error = flatten(&child, &tip, &keep).unwrap_err();
+    let error = flatten(&child, &tip, &keep, &mut |_, _| {}).unwrap_err();
     assert!(matches!(error, MergeError::Create(CreateError::Exists { .. })), "{error}");
-    let error = flatten(&child, dir.path().join("missing/out"), &FAST).unwrap_err();
+    let error = flatten(&child, dir.path().join("missing/out"), &FAST, &mut |_, _| {}).unwrap_err();
     assert!(matches!(error, MergeError::Create(CreateError::NoDirectory { .. })), "{error}");
     // Other RAM.
     write_layer(&dir.path().join("strange"), &two_blocks(300, 300), &vec![Content::Zero; 600], None);
     let strange = Chain::open(dir.path().join("strange")).unwrap();
-    let error = rebase(&child, &strange, dir.path().join("out"), &FAST).unwrap_err();
+    let error = rebase(&child, &strange, dir.path().join("out"), &FAST, &mut |_, _| {}).unwrap_err();
     assert!(matches!(error, MergeError::Layout { .. }), "{error}");
     assert!(error.to_string().contains(" against "), "{error}");
     fs::remove_file(dir.path().join("strange")).unwrap();
     assert!(contents(dir.path()) == before);
     // Onto its own parent, and onto itself: the same memory.
     let own = open(dir.path(), 0);
-    let report = rebase(&child, &own, dir.path().join("out"), &FAST).unwrap();
+    let report = rebase(&child, &own, dir.path().join("out"), &FAST, &mut |_, _| {}).unwrap();
     assert_eq!(report.copied_pages, child.tip().data_pages());
-    let report = rebase(&child, &child, dir.path().join("out"), &FAST).unwrap();
+    let report = rebase(&child, &child, dir.path().join("out"), &FAST, &mut |_, _| {}).unwrap();
     assert_eq!((report.copied_pages, report.zero_pages, report.compared_pages), (0, 0, 0));
     assert!(read_all(&Chain::open(dir.path().join("out")).unwrap()) == memory(&layers));
 }
@@ -267,11 +271,11 @@ fn a_full_disk() {
         let before = contents(dir);
         let parent = Chain::open(&other).unwrap();
         for error in [
-            flatten(&chain, dir.join("out"), &FAST).unwrap_err(),
+            flatten(&chain, dir.join("out"), &FAST, &mut |_, _| {}).unwrap_err(),
             // In place: what is there stays.
-            flatten(&chain, &tip, &FAST).unwrap_err(),
-            rebase(&chain, &parent, dir.join("out"), &FAST).unwrap_err(),
-            rebase(&chain, &parent, &tip, &FAST).unwrap_err(),
+            flatten(&chain, &tip, &FAST, &mut |_, _| {}).unwrap_err(),
+            rebase(&chain, &parent, dir.join("out"), &FAST, &mut |_, _| {}).unwrap_err(),
+            rebase(&chain, &parent, &tip, &FAST, &mut |_, _| {}).unwrap_err(),
         ] {
             let MergeError::Write(error) = error else { panic!("{error}") };
             assert_eq!(error.source.kind(), std::io::ErrorKind::StorageFull, "{error}");
@@ -282,7 +286,7 @@ fn a_full_disk() {
         // With room again it goes on; on what a child that is just starting holds, see the test of the sink.
         fs::remove_file(dir.join("ballast")).unwrap();
         let patience = std::time::Instant::now();
-        while let Err(error) = flatten(&chain, dir.join("out"), &FAST) {
+        while let Err(error) = flatten(&chain, dir.join("out"), &FAST, &mut |_, _| {}) {
             assert!(patience.elapsed().as_secs() < 60, "{error}");
             std::thread::sleep(std::time::Duration::from_millis(10));
         }
@@ -304,7 +308,7 @@ fn blocks_are_taken_over_as_they_are() {
     let layer = vec![Content::Data(1); usize::try_from(table.pages()).unwrap()];
     let tip = write_chain(dir.path(), &table, &[layer]);
     let chain = Chain::open(&tip).unwrap();
-    flatten(&chain, dir.path().join("out"), &FAST).unwrap();
+    flatten(&chain, dir.path().join("out"), &FAST, &mut |_, _| {}).unwrap();
     let file = SnapshotFile::open(dir.path().join("out")).unwrap();
     assert_eq!(file.blocks(), chain.blocks());
     assert_eq!(file.blocks().len(), 60);

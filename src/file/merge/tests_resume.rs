@@ -60,7 +60,7 @@ fn what_a_killed_merge_has_copied_is_used() {
     ];
     for (what, reused, forge) in cases {
         leave(&chain, &target, 0..400, forge);
-        let report = flatten(&chain, &target, &FAST).unwrap();
+        let report = flatten(&chain, &target, &FAST, &mut |_, _| {}).unwrap();
         assert_eq!((report.reused_pages, report.copied_pages), (reused, all - reused), "{what}");
         let file = SnapshotFile::open(&target).unwrap();
         file.verify(2, &mut |_, _| {}).unwrap();
@@ -76,9 +76,9 @@ fn a_complete_leftover_is_done_again() {
     let dir = tempfile::tempdir().unwrap();
     let (tip, layers) = pair(dir.path());
     let (chain, target) = (Chain::open(&tip).unwrap(), dir.path().join("out"));
-    flatten(&chain, &target, &FAST).unwrap();
+    flatten(&chain, &target, &FAST, &mut |_, _| {}).unwrap();
     fs::rename(&target, target.with_extension("partial")).unwrap();
-    let report = flatten(&chain, &target, &FAST).unwrap();
+    let report = flatten(&chain, &target, &FAST, &mut |_, _| {}).unwrap();
     assert_eq!((report.reused_pages, report.copied_pages), (0, chain.data_pages()));
     assert!(read_all(&SnapshotFile::open(&target).unwrap()) == memory(&layers));
     assert_eq!(names(dir.path()), ["0", "1", "out"]);
@@ -93,7 +93,7 @@ fn only_our_own_leftovers_are_used() {
         assert!(Command::new(program).args(args).arg(path).status().unwrap().success(), "{program}");
     };
     let fresh = |why: &str| {
-        let report = flatten(&chain, &target, &FAST).unwrap();
+        let report = flatten(&chain, &target, &FAST, &mut |_, _| {}).unwrap();
         assert_eq!(report.reused_pages, 0, "{why}");
         assert!(read_all(&SnapshotFile::open(&target).unwrap()) == memory(&layers));
         fs::remove_file(&target).unwrap();
@@ -115,7 +115,7 @@ fn only_our_own_leftovers_are_used() {
     let partial = leave(&chain, &target, 0..99, |_| {});
     let held = OpenOptions::new().write(true).open(&partial).unwrap();
     held.lock().unwrap();
-    let error = flatten(&chain, &target, &FAST).unwrap_err();
+    let error = flatten(&chain, &target, &FAST, &mut |_, _| {}).unwrap_err();
     assert!(matches!(error, MergeError::Create(CreateError::Busy { .. })), "{error}");
     assert!(partial.exists());
 }
@@ -141,7 +141,7 @@ fn a_rebase_goes_on_as_well() {
         }
         drop(crate::os::storage::create_private(&partial).unwrap());
         fs::write(&partial, bytes).unwrap();
-        let report = rebase(&child, &parent, &target, &FAST).unwrap();
+        let report = rebase(&child, &parent, &target, &FAST, &mut |_, _| {}).unwrap();
         assert_eq!(report.reused_pages, if stray { 0 } else { 39 });
         assert!(read_all(&Chain::open(&target).unwrap()) == flat);
         Chain::open(&target).unwrap().verify(1, &mut |_, _| {}).unwrap();
