@@ -5,7 +5,7 @@ use std::num::NonZeroUsize;
 use std::sync::Arc;
 
 use nix::sys::mman::{MapFlags, ProtFlags, mmap};
-use ramshot_core::{Backing, BlockIndex, HostRange, OsError, RamBlock};
+use ramshot_core::{Backing, BlockIndex, HostAddr, HostRange, OsError, RamBlock};
 
 use crate::backing::base_page_size;
 use crate::error::Missing;
@@ -87,29 +87,39 @@ impl MapTarget {
         Err(Missing::new(what(block), why, remedy))
     }
 
-    /// Maps `file` from byte `offset` on, privately, in place of the used part of a block, which
-    /// [`check`](Self::check) has nothing against.
+    /// Maps `file` from byte `offset` on, privately, in place of a `part` (from byte, length) of the used part of a block, which
+    /// [`check`](Self::check) has nothing against. A part must be whole pages of the system.
     ///
     /// # Errors
-    /// What mmap(2) answered; the block is as it was, or not mapped at all (ENOMEM).
-    pub fn map(&self, index: BlockIndex, file: &File, offset: u64) -> Result<(), OsError> {
+    /// What mmap(2) answered, EINVAL if there is no such part; the part is as it was, or not mapped at all (ENOMEM).
+    pub fn map(&self, index: BlockIndex, part: (u64, u64), file: &File, offset: u64) -> Result<(), OsError> {
         const OP: &str = "mmap of the snapshot file";
         let invalid = |range: HostRange| OsError::new(OP, libc::EINVAL).on(range);
         let table = self.ram.table();
-        let block = table.block(index).ok_or(invalid(HostRange::new(ramshot_core::HostAddr(0), 0)))?;
-        let range = block.used_range();
-        if self.check(index, offset).is_err() {
-            return Err(invalid(range));
+        let block = table.block(index).ok_or(invalid(HostRange::new(HostAddr(0), 0)))?;
+        let (from, len) = part;
+        let page = Self::page_size();
+        let is_part = from.checked_add(len).is_some_and(|end| end <= block.used);
+        if !is_part || !from.is_multiple_of(page) || !len.is_multiple_of(page) || self.check(index, offset).is_err() {
+            return Err(invalid(block.used_range()));
         }
+        let range = HostRange::new(HostAddr(block.host.0 + from), len);
         let number = |value: u64| usize::try_from(value).ok().and_then(NonZeroUsize::new).ok_or(invalid(range));
         let (at, len) = (number(range.start.0)?, number(range.len)?);
         let offset = i64::try_from(offset).map_err(|_| invalid(range))?;
         let prot = ProtFlags::PROT_READ | ProtFlags::PROT_WRITE;
         let flags = MapFlags::MAP_PRIVATE | MapFlags::MAP_FIXED | MapFlags::MAP_NORESERVE;
-        // SAFETY: the range is private anonymous memory (checked when it was described) that the caller of `new` owns and lets
-        // go; nobody accesses it or holds a reference into it. The new mapping is as long and as writable.
+        // SAFETY: the range is private anonymous memory (checked when it was described), or what we mapped there, that the
+        // caller of `new` owns and lets go; nobody accesses it or holds a reference into it. The new mapping is as long and
+        // as writable.
         let mapped = unsafe { mmap(Some(at), len, prot, flags, file, offset) };
         mapped.map(drop).map_err(|errno| OsError::new(OP, errno as i32).on(range))
+    }
+
+    /// Of what parts are multiples: the system's page size, in bytes.
+    #[must_use]
+    pub fn page_size() -> u64 {
+        base_page_size()
     }
 }
 

@@ -27,7 +27,7 @@ fn the_file_is_there_at_once_and_stays_as_it_is() {
     let memory = Memory::anonymous(4 * PAGE);
     memory.write(0, 1);
     let mut file = file(8 * PAGE);
-    target(&memory).map(BlockIndex(0), &file, 2 * PAGE as u64).unwrap();
+    target(&memory).map(BlockIndex(0), (0, 4 * PAGE as u64), &file, 2 * PAGE as u64).unwrap();
     assert_eq!([memory.read(0), memory.read(4 * PAGE - 1)], [7, 7]);
     memory.write(PAGE, 9);
     let mut bytes = Vec::new();
@@ -44,11 +44,26 @@ fn memory_that_others_share_is_refused_with_the_reason() {
         let target = target(&memory);
         let refused = target.check(BlockIndex(0), 0).unwrap_err();
         assert!(refused.why.contains("Shmem") && refused.remedy.contains("lazily"), "{refused}");
-        assert!(target.map(BlockIndex(0), &file(PAGE), 0).is_err());
+        assert!(target.map(BlockIndex(0), (0, PAGE as u64), &file(PAGE), 0).is_err());
     }
     let memory = Memory::anonymous(PAGE);
     let target = target(&memory);
     assert!(target.check(BlockIndex(0), 7).unwrap_err().why.contains("whole pages"));
     assert!(target.check(BlockIndex(1), 0).is_err());
-    assert!(target.map(BlockIndex(1), &file(PAGE), 0).is_err());
+    assert!(target.map(BlockIndex(1), (0, PAGE as u64), &file(PAGE), 0).is_err());
+}
+
+#[test]
+fn a_part_is_mapped_and_the_rest_stays() {
+    let memory = Memory::anonymous(4 * PAGE);
+    memory.write(0, 1);
+    let (target, page) = (target(&memory), PAGE as u64);
+    let file = file(4 * PAGE);
+    target.map(BlockIndex(0), (2 * page, page), &file, page).unwrap();
+    assert_eq!([0, PAGE, 2 * PAGE, 3 * PAGE].map(|at| memory.read(at)), [1, 0, 7, 0]);
+    for part in [(4 * page, page), (3 * page, 2 * page), (u64::MAX - 4095, page), (1, page), (0, 1), (0, 0)] {
+        let error = target.map(BlockIndex(0), part, &file, 0).unwrap_err();
+        assert_eq!(error.errno, libc::EINVAL, "{part:?}: {error}");
+    }
+    assert_eq!(MapTarget::page_size(), page);
 }

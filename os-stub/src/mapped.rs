@@ -41,7 +41,13 @@ impl MapTarget {
     ///
     /// # Errors
     /// Always.
-    pub fn map(&self, _index: BlockIndex, _file: &File, _offset: u64) -> Result<(), OsError> {
+    pub fn map(&self, _index: BlockIndex, _part: (u64, u64), _file: &File, _offset: u64) -> Result<(), OsError> {
         Err(OsError::new("mapping guest RAM (unsupported on this system)", 0))
+    }
+
+    /// Of what parts would be multiples.
+    #[must_use]
+    pub const fn page_size() -> u64 {
+        4096
     }
 }

@@ -65,7 +65,7 @@ use ramshot_core::{Backing, BlockName, GuestAddr, PageId, Run, Treatment};
 
 pub use chain::{Ancestry, Chain, ChainError, Looked, MAX_CHAIN};
 pub use error::{CreateError, LayoutMismatch, OpenError, OpenErrorKind, ReadError, ReadErrorKind, RestoreError};
-pub use mapped::MapError;
+pub use mapped::{MapError, MapReport};
 pub use merge::{MergeError, MergeOptions, MergeReport, flatten, rebase};
 pub use reader::SnapshotFile;
 pub use restore::RestoreReport;

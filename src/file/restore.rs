@@ -95,25 +95,26 @@ fn restore_run(
         };
         let pages = (run.pages - done).min(block.run().end().0 - page.0).min(STEP_PAGES);
         let at = HostAddr(host.0 + (page.0 - block.first_page.0) * PAGE_BYTES);
-        fill(source, ram, block.name, at, Run::new(page, pages))?;
+        fill(ram, block.name, at, Run::new(page, pages), &mut |bytes| source.read_run(page, bytes))?;
         done += pages;
     }
     Ok(())
 }
 
-fn fill(
-    source: &dyn PageSource,
+/// Has `read` fill the pages of `run`, which are at `at` in a block.
+pub(super) fn fill(
     ram: &dyn RamTarget,
     block: BlockName,
     at: HostAddr,
     run: Run,
+    read: &mut dyn FnMut(&mut [u8]) -> Result<(), ReadError>,
 ) -> Result<(), RestoreError> {
     let len = usize::try_from(run.bytes()).unwrap_or(usize::MAX);
     // A target that hands out something else than it was asked for has not been filled.
     let mut outcome: Option<Result<(), ReadError>> = None;
     ram.with_mut(at, len, &mut |bytes| {
         if bytes.len() == len {
-            outcome = Some(source.read_run(run.first, bytes));
+            outcome = Some(read(bytes));
         }
     })
     .map_err(|source| RestoreError::Ram { block, source })?;

@@ -10,7 +10,6 @@ use std::time::{Duration, Instant};
 use ramshot::file::PageSource;
 use ramshot::{
     Chain, GuestRam, LazyOptions, LazyRestore, Live, MapTarget, Pending, Prepared, RamError, SnapshotFailed,
-    SnapshotFile,
 };
 
 use crate::{Accel, Backing, CheckReport, Guest, GuestConfig, GuestError, Memory, Workload, new_guest, verify};
@@ -93,50 +92,26 @@ pub struct Restored {
     pub mismatched: u64,
 }
 
-/// Restores `file` into fresh memory of `size` bytes and a new guest, which is then paused.
+/// Restores `chain` into fresh memory of `size` bytes and a new guest, which is then paused.
 ///
 /// # Errors
-/// The file, the memory or the guest: whatever does not work.
+/// The files, the memory or the guest: whatever does not work.
 pub fn restore(
     accel: Accel,
     config: GuestConfig,
     (size, backing): (u64, Backing),
-    file: &SnapshotFile,
+    chain: &Chain,
     t0: &[Vec<u8>],
 ) -> Result<Restored, Box<dyn Error>> {
-    restore_chain(accel, config, (size, backing), std::slice::from_ref(file), t0)
-}
-
-/// The same of a snapshot and its ancestors, the oldest first.
-///
-/// # Errors
-/// As there.
-pub fn restore_chain(
-    accel: Accel,
-    config: GuestConfig,
-    (size, backing): (u64, Backing),
-    files: &[SnapshotFile],
-    t0: &[Vec<u8>],
-) -> Result<Restored, Box<dyn Error>> {
-    let file = files.last().ok_or("a chain of no snapshots")?;
     let memory = Memory::new(size, backing)?;
     let start = Instant::now();
     let ram = GuestRam::from_guest_memory(Arc::clone(memory.guest()))?;
-    if let [file] = files {
-        file.restore_into(ram.table(), &ram, 2)?;
-    } else {
-        // By its path alone: the parents are found beside it.
-        let chain = Chain::open(file.path())?;
-        if chain.depth() != files.len() {
-            return Err(format!("a chain of {} snapshots is one of {} on disk", files.len(), chain.depth()).into());
-        }
-        chain.restore_into(ram.table(), &ram, 2)?;
-    }
+    chain.restore_into(ram.table(), &ram, 2)?;
     let took = start.elapsed();
     drop(ram);
     let mismatched = verify::against_memory(&memory.copy()?, t0).mismatched;
     let guest = new_guest(accel, memory, config)?;
-    guest.restore(file.device_state())?;
+    guest.restore(chain.device_state())?;
     Ok(Restored { guest, took, mismatched })
 }
 
@@ -174,15 +149,15 @@ impl FromStr for RestoreMode {
     }
 }
 
-/// Maps `file` into `memory`, which nobody has touched.
+/// Maps `chain` into `memory`, which nobody has touched.
 ///
 /// # Errors
 /// What ramshot says.
-pub fn map_into(file: &SnapshotFile, memory: &Memory) -> Result<(), Box<dyn Error>> {
+pub fn map_into(chain: &Chain, memory: &Memory) -> Result<(), Box<dyn Error>> {
     let ram = Arc::new(GuestRam::from_guest_memory(Arc::clone(memory.guest()))?);
     // SAFETY: `Memory` owns its mappings and unmaps them by address; no guest is in them yet, and no reference is ever made.
     let target = unsafe { MapTarget::new(ram) };
-    file.map_into(&target)?;
+    chain.map_into(&target)?;
     Ok(())
 }
 
@@ -198,15 +173,15 @@ pub struct Running {
     pub lazy: Option<LazyRestore>,
 }
 
-/// Restores `file` into fresh memory and a new guest, which runs as soon as `mode` lets it.
+/// Restores `chain` into fresh memory and a new guest, which runs as soon as `mode` lets it.
 ///
 /// # Errors
-/// The file, the memory or the guest: whatever does not work.
+/// The files, the memory or the guest: whatever does not work.
 pub fn restore_and_run(
     accel: Accel,
     config: GuestConfig,
     (size, backing): (u64, Backing),
-    file: &Arc<SnapshotFile>,
+    chain: &Arc<Chain>,
     (mode, options): (RestoreMode, &LazyOptions),
 ) -> Result<Running, Box<dyn Error>> {
     let memory = Memory::new(size, backing)?;
@@ -214,17 +189,17 @@ pub fn restore_and_run(
     let start = Instant::now();
     let mut lazy = None;
     if mode == RestoreMode::Mapped {
-        map_into(file, &memory)?;
+        map_into(chain, &memory)?;
     } else {
         let ram = Arc::new(GuestRam::from_guest_memory(Arc::clone(memory.guest()))?);
         if mode == RestoreMode::Lazy {
-            lazy = Some(ramshot::lazy(Arc::clone(file) as Arc<dyn PageSource>, &ram, options)?);
+            lazy = Some(ramshot::lazy(Arc::clone(chain) as Arc<dyn PageSource>, &ram, options)?);
         } else {
-            file.restore_into(ram.table(), ram.as_ref(), 2)?;
+            chain.restore_into(ram.table(), ram.as_ref(), 2)?;
         }
     }
     let call = start.elapsed();
-    guest.restore(file.device_state())?;
+    guest.restore(chain.device_state())?;
     let before = guest.writes()?;
     guest.resume()?;
     let patience = Duration::from_secs(20);
@@ -260,7 +235,7 @@ pub fn self_check(
 
 /// An error with its causes.
 #[must_use]
-pub fn chain(error: &dyn Error) -> String {
+pub fn causes(error: &dyn Error) -> String {
     let mut text = error.to_string();
     let mut source = error.source();
     while let Some(cause) = source {

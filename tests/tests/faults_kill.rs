@@ -13,7 +13,7 @@ use std::path::{Path, PathBuf};
 use std::process::{Child, Command, Stdio};
 use std::time::{Duration, Instant};
 
-use ramshot::{Live, Options, Pending, SnapshotFile, prepare};
+use ramshot::{Chain, Live, Options, Pending, SnapshotFile, prepare};
 use ramshot_images::rule::mix;
 use ramshot_tests::chaos::{Rig, accels, alone, say};
 use ramshot_tests::{Accel, Backing, GuestConfig, Memory, Workload, new_guest, snapshot_run};
@@ -174,8 +174,9 @@ fn look(rig: &mut Rig, accel: Accel, seen: &mut Seen) -> Result<(), String> {
                 }
                 if seen.new % 10 == 1 {
                     let size = (VICTIM_RAM, Backing::Anon);
+                    let chain = Chain::open(rig.target()).map_err(|error| error.to_string())?;
                     let restored =
-                        snapshot_run::restore(accel, config(), size, &file, &[]).map_err(|e| e.to_string())?;
+                        snapshot_run::restore(accel, config(), size, &chain, &[]).map_err(|e| e.to_string())?;
                     restored.guest.resume().map_err(|error| error.to_string())?;
                     let report = restored.guest.self_check(PATIENCE).map_err(|error| error.to_string())?;
                     if !report.is_ok() {

@@ -8,7 +8,7 @@ use std::time::Duration;
 
 use ramshot::{GuestRam, Options, Parts, PrepareError, prepare};
 use ramshot_tests::chaos::{BadSink, Injected, Rig, Tap, accels, alone};
-use ramshot_tests::snapshot_run::chain;
+use ramshot_tests::snapshot_run::causes;
 use ramshot_tests::{Backing, Memory};
 
 #[test]
@@ -22,7 +22,7 @@ fn of_the_same_ram() {
             let ram = GuestRam::from_guest_memory(Arc::clone(rig.guest.memory().guest())).unwrap();
             for ram in [&rig.ram, &Arc::new(ram)] {
                 let Err(error) = prepare(ram, &other, &Options::default()) else { panic!("{when}: not refused") };
-                let said = chain(&error);
+                let said = causes(&error);
                 assert!(matches!(error, PrepareError::Track(_)), "{accel}, {when}: {said}");
                 assert!(said.contains("EBUSY") && said.contains("another userfaultfd"), "{accel}, {when}: {said}");
                 assert!(!other.exists() && !other.with_extension("ramshot.partial").exists(), "{accel}: left behind");
@@ -68,7 +68,7 @@ fn to_the_same_file() {
             for replace in [true, false] {
                 let options = Options { replace, ..Options::default() };
                 let Err(error) = prepare(&others, rig.target(), &options) else { panic!("{when}: not refused") };
-                let said = chain(&error);
+                let said = causes(&error);
                 let expected = if replace { "another snapshot is being written" } else { "it exists" };
                 assert!(said.contains(expected), "{accel}, {when}: {said}");
             }

@@ -23,7 +23,7 @@ fn with_sink(injected: &Injected, change: impl FnOnce(BadSink) -> BadSink) -> im
 
 fn says(result: Result<Report, SnapshotFailed>, what: &str) -> String {
     let Err(error) = result else { panic!("there is an image, after {what}") };
-    ramshot_tests::snapshot_run::chain(&error)
+    ramshot_tests::snapshot_run::causes(&error)
 }
 
 #[test]

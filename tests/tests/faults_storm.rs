@@ -139,7 +139,7 @@ fn in_any_storm_the_image_is_t0() {
                             let begun = rig.begin_with_copy(prepared).unwrap();
                             let report = begun.live.and_then(ramshot::Live::finish);
                             let report = report.unwrap_or_else(|error| {
-                                let said = ramshot_tests::snapshot_run::chain(&error);
+                                let said = ramshot_tests::snapshot_run::causes(&error);
                                 panic!("{accel} {backing}, {storms:?}, round {round}: {said}")
                             });
                             rig.is_exact(&begun.t0).unwrap();

@@ -11,8 +11,8 @@ use std::time::Duration;
 
 use ramshot::core::{BlockName, GuestAddr, PageId, Run, Treatment};
 use ramshot::file::{
-    FileBlock, FileSink, FileSinkOptions, MapError, PageSource, PageState, ReadError, ReadErrorKind, RestoreError,
-    StateRun,
+    FileBlock, FileSink, FileSinkOptions, MapError, MapReport, PageSource, PageState, ReadError, ReadErrorKind,
+    RestoreError, StateRun,
 };
 use ramshot::restore::{LazyError, LazyFailed, LostPages, LostWhy, WhenLost, order_path};
 use ramshot::sink::{ImageMeta, PageDigest, Piece};
@@ -440,7 +440,7 @@ fn a_file_is_mapped_into_place() {
                 // SAFETY: `Memory` unmaps by address, and nobody uses it yet.
                 file.map_into(&unsafe { MapTarget::new(ram) })
             };
-            assert_eq!(map(&memory).unwrap(), SIZE);
+            assert_eq!(map(&memory).unwrap(), MapReport { mapped_bytes: SIZE, ..MapReport::default() });
             assert_all(&memory, &[]);
             memory.write(4096, &[99; 8]).unwrap();
             assert_eq!(byte(&memory, 1), 99);

@@ -84,6 +84,12 @@ impl Chain {
         &self.tip
     }
 
+    /// The oldest of the chain, a full snapshot.
+    #[must_use]
+    pub fn root(&self) -> &SnapshotFile {
+        self.ancestors.last().unwrap_or(&self.tip)
+    }
+
     /// All files, the newest first.
     pub fn files(&self) -> impl Iterator<Item = &SnapshotFile> {
         std::iter::once(&self.tip).chain(&self.ancestors)

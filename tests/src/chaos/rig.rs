@@ -9,12 +9,14 @@ use std::time::{Duration, Instant};
 
 use ramshot::core::{RamSource, WriteTracker};
 use ramshot::file::{FileSink, FileSinkOptions};
-use ramshot::{GuestRam, Live, Options, Parts, Pending, Prepared, Report, SnapshotFailed, SnapshotFile, Tracker};
+use ramshot::{
+    Chain, GuestRam, Live, Options, Parts, Pending, Prepared, Report, SnapshotFailed, SnapshotFile, Tracker,
+};
 use ramshot::{TrackerOptions, prepare_with};
 use tempfile::TempDir;
 
 use super::residue::{Residue, protected_pages, registered};
-use crate::snapshot_run::{Begun, begin, chain, guest_ram};
+use crate::snapshot_run::{Begun, begin, causes, guest_ram};
 use crate::{Accel, Backing, Guest, GuestConfig, Memory, Workload, new_guest, verify};
 
 const MIB: u64 = 1 << 20;
@@ -219,7 +221,7 @@ impl Rig {
     /// All that is not so.
     pub fn unharmed(&self) -> std::result::Result<(), String> {
         let mut problems = Vec::new();
-        self.look(&mut problems).unwrap_or_else(|error| problems.push(chain(error.as_ref())));
+        self.look(&mut problems).unwrap_or_else(|error| problems.push(causes(error.as_ref())));
         if problems.is_empty() { Ok(()) } else { Err(format!("{}: {}", self.accel, problems.join("; "))) }
     }
 
@@ -264,10 +266,10 @@ impl Rig {
     /// # Errors
     /// It does not work, or finds something.
     pub fn restores(&self) -> Result<()> {
-        let file = SnapshotFile::open(self.target())?;
+        let chain = Chain::open(self.target())?;
         let size = self.guest.memory().size();
         let t0 = Vec::new();
-        let restored = crate::snapshot_run::restore(self.accel, self.config, (size, self.backing), &file, &t0)?;
+        let restored = crate::snapshot_run::restore(self.accel, self.config, (size, self.backing), &chain, &t0)?;
         restored.guest.resume()?;
         let report = restored.guest.self_check(PATIENCE)?;
         if report.is_ok() { Ok(()) } else { Err(format!("the restored guest: {report:?}").into()) }

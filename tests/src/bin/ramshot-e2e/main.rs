@@ -11,7 +11,7 @@ use std::io::Write;
 use std::process::ExitCode;
 
 use clap::Parser;
-use ramshot_tests::snapshot_run::chain;
+use ramshot_tests::snapshot_run::causes;
 use ramshot_tests::{Accel, kvm_unavailable};
 
 use self::options::Options;
@@ -23,7 +23,7 @@ fn main() -> ExitCode {
         Ok(true) => ExitCode::SUCCESS,
         Ok(false) => ExitCode::FAILURE,
         Err(error) => {
-            eprintln!("e2e: {}", chain(error.as_ref()));
+            eprintln!("e2e: {}", causes(error.as_ref()));
             ExitCode::FAILURE
         }
     }
@@ -61,7 +61,7 @@ fn run_all(options: &Options) -> Result<bool, Box<dyn Error>> {
     let mut ok = true;
     for run in 0..options.runs {
         let outcome = run::run(options, accel, options.seed + u64::from(run));
-        let outcome = outcome.unwrap_or_else(|error| Outcome::failed(options, accel, chain(error.as_ref())));
+        let outcome = outcome.unwrap_or_else(|error| Outcome::failed(options, accel, causes(error.as_ref())));
         println!("{}", outcome.row(run + 1));
         outcome.chain_rows().for_each(|row| println!("{row}"));
         for problem in &outcome.problems {

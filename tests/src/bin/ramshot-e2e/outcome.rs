@@ -62,6 +62,8 @@ pub(crate) struct Increment {
     pub(crate) bytes_written: u64,
     pub(crate) write_faults: u64,
     pub(crate) restore_ms: f64,
+    /// This increment and all below it.
+    pub(crate) restore: Restore,
     pub(crate) guest_self_check: SelfCheck,
 }
 
@@ -131,7 +133,7 @@ impl Outcome {
         self.chain.iter().zip(1..).map(|(increment, number)| {
             format!(
                 "     + {number}: {} dirty of {} pages, {} mismatched, {} faults, pause {} us, total {:.1} ms, {:.1} MiB \
-                 written; restored in {:.1} ms, self check {}",
+                 written; restored {} in {:.1} ms, first write after {} us, self check {}",
                 increment.dirty_pages,
                 increment.pages_verified,
                 increment.pages_mismatched,
@@ -139,7 +141,9 @@ impl Outcome {
                 increment.pause_us,
                 increment.total_ms,
                 mib(increment.bytes_written),
+                increment.restore.mode,
                 increment.restore_ms,
+                increment.restore.first_instruction_us,
                 if increment.guest_self_check.ok { "ok" } else { "FAILED" },
             )
         })

@@ -7,7 +7,7 @@ use std::time::{Duration, Instant};
 
 use ramshot::file::PageSource;
 use ramshot::restore::order_path;
-use ramshot::{DirtyTracking, GuestRam, LazyOptions, Pending, SnapshotFile};
+use ramshot::{Chain, DirtyTracking, GuestRam, LazyOptions, Pending, SnapshotFile};
 use ramshot_tests::snapshot_run::RestoreMode;
 use ramshot_tests::{Accel, Gaps, Guest, GuestConfig, Memory, Workload, new_guest, snapshot_run, verify};
 
@@ -54,7 +54,7 @@ pub(crate) fn run(options: &Options, accel: Accel, seed: u64) -> Result<Outcome>
     drop(source);
     drop(guest);
 
-    let file = Arc::new(SnapshotFile::open(&target.path)?);
+    let file = SnapshotFile::open(&target.path)?;
     let verified = verify::against_file(&file, &t0)?;
     (outcome.pages_total, outcome.pages_verified) = (file.pages(), verified.pages);
     (outcome.pages_mismatched, outcome.pages_zero) = (verified.mismatched, verified.zero);
@@ -64,19 +64,23 @@ pub(crate) fn run(options: &Options, accel: Accel, seed: u64) -> Result<Outcome>
     if !verify::flat(&target.path, &t0)? {
         outcome.problems.push("the file does not begin with guest RAM".to_owned());
     }
-    restore(options, accel, config, &file, &t0, &mut outcome)?;
-    let mut files = vec![SnapshotFile::open(&target.path)?];
+    let giver = Giver { options, accel, config };
+    let given = giver.give_back(&target.path, 1, &t0, &mut outcome.problems)?;
+    (outcome.restore_ms, outcome.restore, outcome.guest_self_check) = (given.took_ms, given.restore, given.self_check);
+    let mut files = vec![file];
     for (number, t0) in (1..).zip(&increments) {
-        files.push(SnapshotFile::open(target.increment(number))?);
+        let path = target.increment(number);
+        files.push(SnapshotFile::open(&path)?);
         let verified = verify::against_chain(&files, t0)?;
         if let Some(page) = verified.first_mismatch {
             let wrong = verified.mismatched;
             outcome.problems.push(format!("increment {number}: {wrong} pages differ from its T0, the first is {page}"));
         }
-        let (took, check) = restore_increment(options, accel, config, &files, t0, &mut outcome.problems)?;
+        let given = giver.give_back(&path, files.len(), t0, &mut outcome.problems)?;
         if let Some(increment) = outcome.chain.get_mut(number as usize - 1) {
             (increment.pages_verified, increment.pages_mismatched) = (verified.pages, verified.mismatched);
-            (increment.restore_ms, increment.guest_self_check) = (took, check);
+            increment.restore_ms = given.took_ms;
+            (increment.restore, increment.guest_self_check) = (given.restore, given.self_check);
         }
     }
 
@@ -161,119 +165,100 @@ impl<'a> Source<'a> {
     }
 }
 
-/// Into fresh memory, which is compared, and into a fresh VM, which then runs and checks itself.
-fn restore(
-    options: &Options,
+/// Gives snapshots back: into fresh memory, which is compared, and into a fresh VM, which then runs and checks itself.
+struct Giver<'a> {
+    options: &'a Options,
     accel: Accel,
     config: GuestConfig,
-    file: &Arc<SnapshotFile>,
-    t0: &[Vec<u8>],
-    outcome: &mut Outcome,
-) -> Result<()> {
-    compare(options, accel, config, file, t0, outcome)?;
-    let order = order_path(file.path());
-    let settings = LazyOptions { order: Some(order.clone()), ..LazyOptions::default() };
-    for _ in 0..options.restores {
-        run_restored(options, accel, config, file, &settings, outcome)?;
-    }
-    if options.out.is_none() {
-        let _ = std::fs::remove_file(order);
-    }
-    Ok(())
 }
 
-/// Every page of restored memory against T0.
-fn compare(
-    options: &Options,
-    accel: Accel,
-    config: GuestConfig,
-    file: &Arc<SnapshotFile>,
-    t0: &[Vec<u8>],
-    outcome: &mut Outcome,
-) -> Result<()> {
-    let mismatched = if options.restore == RestoreMode::Eager {
-        let restored = snapshot_run::restore(accel, config, (options.mem, options.backing), file, t0)?;
-        outcome.restore_ms = millis(restored.took);
-        restored.mismatched
-    } else {
-        let start = Instant::now();
-        let memory = Memory::new(options.mem, options.backing)?;
-        if options.restore == RestoreMode::Mapped {
-            snapshot_run::map_into(file, &memory)?;
+/// How a snapshot was given back.
+struct Given {
+    /// Filling the memory that was compared, in milliseconds.
+    took_ms: f64,
+    restore: Restore,
+    self_check: SelfCheck,
+}
+
+impl Giver<'_> {
+    /// The snapshot at `path`, which is the last of `depth`; its parents are found by its path alone.
+    fn give_back(&self, path: &Path, depth: usize, t0: &[Vec<u8>], problems: &mut Vec<String>) -> Result<Given> {
+        let chain = Arc::new(Chain::open(path)?);
+        if chain.depth() != depth {
+            problems.push(format!("a chain of {depth} snapshots is one of {} on disk", chain.depth()));
+        }
+        let took_ms = self.compare(&chain, t0, problems)?;
+        let order = order_path(path);
+        let settings = LazyOptions { order: Some(order.clone()), ..LazyOptions::default() };
+        let mut run = self.run(&chain, &settings, problems)?;
+        for _ in 1..self.options.restores {
+            run = self.run(&chain, &settings, problems)?;
+        }
+        if self.options.out.is_none() {
+            let _ = std::fs::remove_file(order);
+        }
+        let (restore, self_check) = run;
+        Ok(Given { took_ms, restore, self_check })
+    }
+
+    /// Every page of restored memory against T0. Returns the milliseconds that filling it took.
+    fn compare(&self, chain: &Arc<Chain>, t0: &[Vec<u8>], problems: &mut Vec<String>) -> Result<f64> {
+        let memory = (self.options.mem, self.options.backing);
+        let (took, mismatched) = if self.options.restore == RestoreMode::Eager {
+            let restored = snapshot_run::restore(self.accel, self.config, memory, chain, t0)?;
+            (restored.took, restored.mismatched)
         } else {
-            let ram = Arc::new(GuestRam::from_guest_memory(Arc::clone(memory.guest()))?);
-            ramshot::lazy(Arc::clone(file) as Arc<dyn PageSource>, &ram, &LazyOptions::default())?.finish()?;
+            let start = Instant::now();
+            let memory = Memory::new(memory.0, memory.1)?;
+            if self.options.restore == RestoreMode::Mapped {
+                snapshot_run::map_into(chain, &memory)?;
+            } else {
+                let ram = Arc::new(GuestRam::from_guest_memory(Arc::clone(memory.guest()))?);
+                ramshot::lazy(Arc::clone(chain) as Arc<dyn PageSource>, &ram, &LazyOptions::default())?.finish()?;
+            }
+            (start.elapsed(), verify::against_memory(&memory.read_all()?, t0).mismatched)
+        };
+        if mismatched > 0 {
+            problems.push(format!("{mismatched} pages differ from T0 after the restore"));
         }
-        outcome.restore_ms = millis(start.elapsed());
-        verify::against_memory(&memory.read_all()?, t0).mismatched
-    };
-    if mismatched > 0 {
-        outcome.problems.push(format!("{mismatched} pages differ from T0 after the restore"));
+        Ok(millis(took))
     }
-    Ok(())
-}
 
-fn run_restored(
-    options: &Options,
-    accel: Accel,
-    config: GuestConfig,
-    file: &Arc<SnapshotFile>,
-    settings: &LazyOptions,
-    outcome: &mut Outcome,
-) -> Result<()> {
-    let memory = (options.mem, options.backing);
-    let running = snapshot_run::restore_and_run(accel, config, memory, file, (options.restore, settings))?;
-    let guest = running.guest;
-    outcome.restore = Restore {
-        mode: options.restore.to_string(),
-        first_instruction_us: micros(running.first_instruction),
-        call_us: micros(running.call),
-        // When the call returns all is in, unless pages come in lazily.
-        all_in_ms: millis(running.call),
-        ..Restore::default()
-    };
-    let before = guest.writes()?;
-    std::thread::sleep(WATCH);
-    if options.workload != Workload::Idle && guest.writes()? == before {
-        outcome.problems.push("the restored guest does not write".to_owned());
-    }
-    outcome.guest_self_check = self_check(guest.as_ref(), "the restored guest", &mut outcome.problems)?;
-    if let Some(lazy) = running.lazy {
-        let report = lazy.finish()?;
-        outcome.restore.all_in_ms = millis(report.all_in);
-        outcome.restore.faults = report.progress.faults;
-        outcome.restore.prefetched = report.progress.prefetched;
-        if report.progress.faults == 0 {
-            outcome
-                .problems
-                .push("the guest ran while its pages came in, but no fault was seen: this proved nothing".to_owned());
+    fn run(
+        &self,
+        chain: &Arc<Chain>,
+        settings: &LazyOptions,
+        problems: &mut Vec<String>,
+    ) -> Result<(Restore, SelfCheck)> {
+        let memory = (self.options.mem, self.options.backing);
+        let mode = self.options.restore;
+        let running = snapshot_run::restore_and_run(self.accel, self.config, memory, chain, (mode, settings))?;
+        let guest = running.guest;
+        let mut restore = Restore {
+            mode: mode.to_string(),
+            first_instruction_us: micros(running.first_instruction),
+            call_us: micros(running.call),
+            // When the call returns all is in, unless pages come in lazily.
+            all_in_ms: millis(running.call),
+            ..Restore::default()
+        };
+        let before = guest.writes()?;
+        std::thread::sleep(WATCH);
+        if self.options.workload != Workload::Idle && guest.writes()? == before {
+            problems.push("the restored guest does not write".to_owned());
         }
+        let self_check = self_check(guest.as_ref(), "the restored guest", problems)?;
+        if let Some(lazy) = running.lazy {
+            let report = lazy.finish()?;
+            restore.all_in_ms = millis(report.all_in);
+            (restore.faults, restore.prefetched) = (report.progress.faults, report.progress.prefetched);
+            if report.progress.faults == 0 {
+                problems
+                    .push("the guest ran while its pages came in, but no fault was seen: this proved nothing".into());
+            }
+        }
+        Ok((restore, self_check))
     }
-    Ok(())
-}
-
-/// An increment and all below it into a fresh VM, which then runs and checks itself. Returns how long filling its RAM
-/// took, in milliseconds.
-fn restore_increment(
-    options: &Options,
-    accel: Accel,
-    config: GuestConfig,
-    files: &[SnapshotFile],
-    t0: &[Vec<u8>],
-    problems: &mut Vec<String>,
-) -> Result<(f64, SelfCheck)> {
-    let restored = snapshot_run::restore_chain(accel, config, (options.mem, options.backing), files, t0)?;
-    if restored.mismatched > 0 {
-        problems.push(format!("{} pages differ from T0 after the restore", restored.mismatched));
-    }
-    let guest = restored.guest;
-    let before = guest.writes()?;
-    guest.resume()?;
-    std::thread::sleep(WATCH);
-    if options.workload != Workload::Idle && guest.writes()? == before {
-        problems.push("the restored guest does not write".to_owned());
-    }
-    Ok((millis(restored.took), self_check(guest.as_ref(), "the restored guest", problems)?))
 }
 
 fn self_check(guest: &dyn Guest, who: &str, problems: &mut Vec<String>) -> Result<SelfCheck> {

@@ -9,10 +9,12 @@ use std::time::Duration;
 
 use ramshot::core::{RamSource, WriteTracker};
 use ramshot::file::{FileSink, FileSinkOptions};
-use ramshot::{Cause, GuestRam, Live, Parts, Prepared, Report, SnapshotFailed, SnapshotFile, Tracker, TrackerOptions};
+use ramshot::{
+    Cause, Chain, GuestRam, Live, Parts, Prepared, Report, SnapshotFailed, SnapshotFile, Tracker, TrackerOptions,
+};
 use ramshot::{WhenFull, prepare_with};
 use ramshot_tests::chaos::{BadRam, BadSink, BadTracker, Injected, every_vcpu_writes, protected_pages, registered};
-use ramshot_tests::snapshot_run::{self, Begun, chain};
+use ramshot_tests::snapshot_run::{self, Begun, causes};
 use ramshot_tests::{Backing, Guest, GuestError, Memory, MemoryError, new_guest, verify};
 
 use crate::plan::{Act, Plan, Trouble};
@@ -27,7 +29,7 @@ pub(crate) fn run(plan: &Plan, target: &Path, tally: &mut Tally, beat: &dyn Fn()
     let problems = tally.problems.len();
     let run = match Run::new(plan, target) {
         Ok(run) => run,
-        Err(error) => return tally.problems.push(format!("seed {}: {}", plan.seed, chain(error.as_ref()))),
+        Err(error) => return tally.problems.push(format!("seed {}: {}", plan.seed, causes(error.as_ref()))),
     };
     for (number, act) in (1..).zip(&plan.acts) {
         beat();
@@ -35,7 +37,7 @@ pub(crate) fn run(plan: &Plan, target: &Path, tally: &mut Tally, beat: &dyn Fn()
             if matches!(error.downcast_ref(), Some(GuestError::Timeout { .. })) {
                 tally.stuck_vcpus += 1;
             }
-            tally.problems.push(format!("snapshot {number}, {act:?}: {}", chain(error.as_ref())));
+            tally.problems.push(format!("snapshot {number}, {act:?}: {}", causes(error.as_ref())));
         }
         if tally.problems.len() > problems {
             break;
@@ -211,12 +213,13 @@ impl<'a> Run<'a> {
         if !act.restore {
             return Ok(());
         }
+        let chain = Chain::open(self.target)?;
         let size = (self.plan.size, self.backing);
-        let restored = match snapshot_run::restore(self.plan.accel, self.plan.config, size, &file, t0) {
+        let restored = match snapshot_run::restore(self.plan.accel, self.plan.config, size, &chain, t0) {
             // The pool of huge pages may be exhausted: the first guest has them.
             Err(error) if error.downcast_ref::<MemoryError>().is_some() => {
                 let other = (self.plan.size, Backing::Anon);
-                snapshot_run::restore(self.plan.accel, self.plan.config, other, &file, t0)?
+                snapshot_run::restore(self.plan.accel, self.plan.config, other, &chain, t0)?
             }
             other => other?,
         };
