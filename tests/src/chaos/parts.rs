@@ -7,6 +7,7 @@ use std::time::Duration;
 
 use ramshot::ImageSink;
 use ramshot::core::{Done, Event, HostAddr, HostRange, OsError, RamSource, Residency, WriteTracker};
+use ramshot::file::PageState;
 use ramshot::sink::{Committed, ImageMeta, Piece, SinkError};
 
 use super::{ON_PURPOSE, Tap};
@@ -131,6 +132,14 @@ impl ImageSink for BadSink {
             Some((at, how)) if at == nth => Err(self.fail(how, pieces)),
             _ => self.inner.write(pieces),
         }
+    }
+
+    fn omitted(&self) -> PageState {
+        self.inner.omitted()
+    }
+
+    fn again(&self) -> Result<(), SinkError> {
+        self.inner.again()
     }
 
     fn commit(self: Box<Self>, meta: &ImageMeta) -> Result<Committed, SinkError> {

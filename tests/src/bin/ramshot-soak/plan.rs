@@ -5,6 +5,7 @@ use std::time::Duration;
 
 use ramshot::{Options, WhenFull};
 use ramshot_tests::chaos::{SinkFault, TrackerFault};
+use ramshot_tests::snapshot_run::RestoreMode;
 use ramshot_tests::{Accel, Backing, GuestConfig, Workload};
 
 use crate::dice::Dice;
@@ -19,6 +20,8 @@ pub(crate) struct Plan {
     pub(crate) size: u64,
     pub(crate) backing: Backing,
     pub(crate) config: GuestConfig,
+    /// Its writes are followed from snapshot to snapshot: there are increments and pre-copies.
+    pub(crate) dirty: bool,
     pub(crate) acts: Vec<Act>,
 }
 
@@ -30,9 +33,21 @@ pub(crate) struct Act {
     pub(crate) ahead: bool,
     /// Every write of the image takes this long.
     pub(crate) slow: Option<Duration>,
-    /// Restored afterwards, if there is an image.
-    pub(crate) restore: bool,
+    /// What it takes, if writes are followed.
+    pub(crate) kind: Kind,
+    /// Restored afterwards, if there is an image: how.
+    pub(crate) restore: Option<RestoreMode>,
     pub(crate) trouble: Trouble,
+}
+
+/// Which pages a snapshot takes.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+pub(crate) enum Kind {
+    Full,
+    /// On the snapshot before, if there is one.
+    Increment,
+    /// Full, by pre-copy of so many passes.
+    Precopy(u32),
 }
 
 /// What is done to a snapshot.
@@ -74,8 +89,10 @@ impl Plan {
             late,
             seed,
         };
-        let acts = (0..dice.between(2, 5)).map(|_| Act::new(&mut dice, backing)).collect();
-        Self { seed, accel, size, backing, config, acts }
+        // Only KVM has a dirty log.
+        let dirty = dice.percent(60) && accel == Accel::Kvm;
+        let acts = (0..dice.between(2, 6)).map(|_| Act::new(&mut dice, backing)).collect();
+        Self { seed, accel, size, backing, config, dirty, acts }
     }
 }
 
@@ -83,6 +100,11 @@ impl Act {
     fn new(dice: &mut Dice, backing: Backing) -> Self {
         // A pool has to hold a few huge pages.
         let least = if matches!(backing, Backing::Thp | Backing::HugeTlb) { 16 * MIB } else { MIB };
+        let modes = match backing {
+            Backing::Anon | Backing::Thp => [RestoreMode::Eager, RestoreMode::Mapped, RestoreMode::Lazy],
+            // A private mapping cannot stand for them.
+            Backing::Memfd | Backing::HugeTlb => [RestoreMode::Eager, RestoreMode::Lazy, RestoreMode::Lazy],
+        };
         let around_min = dice.one_of([4096, 4096, 64 << 10, 64 << 10, 256 << 10]);
         // The rest is nothing at present; whatever options come will do.
         #[allow(clippy::needless_update)]
@@ -124,7 +146,12 @@ impl Act {
             options,
             ahead: dice.percent(50),
             slow: dice.percent(20).then(|| Duration::from_micros(dice.magnitude(50, 5000))),
-            restore: dice.percent(30),
+            kind: match dice.between(0, 9) {
+                0..4 => Kind::Full,
+                4..8 => Kind::Increment,
+                _ => Kind::Precopy(u32::try_from(dice.between(1, 3)).unwrap_or(1)),
+            },
+            restore: dice.percent(40).then(|| dice.one_of(modes)),
             trouble,
         }
     }
@@ -136,7 +163,7 @@ impl fmt::Display for Plan {
         let rate = config.rate.map_or("max".to_owned(), |rate| rate.to_string());
         write!(
             f,
-            "seed {}: {} {} MiB {} x{}, {} over {} MiB at {rate}/s, {} snapshots",
+            "seed {}: {} {} MiB {} x{}, {} over {} MiB at {rate}/s, {} snapshots{}",
             self.seed,
             self.accel,
             self.size / MIB,
@@ -145,6 +172,7 @@ impl fmt::Display for Plan {
             config.workload,
             config.working_set / MIB,
             self.acts.len(),
+            if self.dirty { ", writes followed" } else { "" },
         )
     }
 }

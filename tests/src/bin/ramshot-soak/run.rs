@@ -1,23 +1,25 @@
 //! One run: a guest, and its snapshots one after the other, each verified or seen to have left nothing behind.
 
+use std::cell::Cell;
 use std::error::Error;
 use std::fs;
 use std::os::unix::fs::MetadataExt;
-use std::path::Path;
+use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use std::time::Duration;
 
 use ramshot::core::{RamSource, WriteTracker};
 use ramshot::file::{FileSink, FileSinkOptions};
 use ramshot::{
-    Cause, Chain, GuestRam, Live, Parts, Prepared, Report, SnapshotFailed, SnapshotFile, Tracker, TrackerOptions,
+    Cause, Chain, DirtyTracking, GuestRam, LazyOptions, Live, Options, Parts, Pending, Prepared, Report,
+    SnapshotFailed, SnapshotFile, Tracker, TrackerOptions,
 };
 use ramshot::{WhenFull, prepare_with};
 use ramshot_tests::chaos::{BadRam, BadSink, BadTracker, Injected, every_vcpu_writes, protected_pages, registered};
-use ramshot_tests::snapshot_run::{self, Begun, causes};
+use ramshot_tests::snapshot_run::{self, Begun, RestoreMode, causes};
 use ramshot_tests::{Backing, Guest, GuestError, Memory, MemoryError, new_guest, verify};
 
-use crate::plan::{Act, Plan, Trouble};
+use crate::plan::{Act, Kind, Plan, Trouble};
 use crate::tally::Tally;
 
 type Result<T> = std::result::Result<T, Box<dyn Error>>;
@@ -51,7 +53,11 @@ pub(crate) fn run(plan: &Plan, target: &Path, tally: &mut Tally, beat: &dyn Fn()
 struct Run<'a> {
     plan: &'a Plan,
     backing: Backing,
+    /// Where full snapshots go; increments lie beside it.
     target: &'a Path,
+    dirty: Option<Arc<DirtyTracking>>,
+    /// How many increments there are on the full snapshot.
+    increments: Cell<u32>,
     // Let go before the guest, whose memory otherwise stays mapped.
     ram: Arc<GuestRam>,
     guest: Box<dyn Guest>,
@@ -76,18 +82,50 @@ impl<'a> Run<'a> {
         let guest = new_guest(plan.accel, memory, plan.config)?;
         guest.start().map_err(|error| format!("{error}; its console: {:?}", guest.console()))?;
         let ram = snapshot_run::guest_ram(guest.as_ref())?;
+        let dirty = match plan.dirty {
+            true => Some(DirtyTracking::start(ram.table(), guest.dirty_logs()?)?),
+            false => None,
+        };
         let _ = fs::remove_file(target);
-        Ok(Self { plan, backing, target, guest, ram })
+        let run = Self { plan, backing, target, dirty, increments: Cell::new(0), guest, ram };
+        run.remove_increments();
+        Ok(run)
+    }
+
+    /// Where increment `number` is.
+    fn increment(&self, number: u32) -> PathBuf {
+        self.target.with_extension(format!("{number}.ramshot"))
+    }
+
+    /// They are nobody's any more.
+    fn remove_increments(&self) {
+        (1..).map(|number| self.increment(number)).find(|path| fs::remove_file(path).is_err());
+        self.increments.set(0);
+    }
+
+    /// What the act takes: an increment needs something to build on.
+    fn kind(&self, act: &Act) -> Kind {
+        match (&self.dirty, act.kind) {
+            (None, _) => Kind::Full,
+            (Some(dirty), Kind::Increment) if dirty.base().is_none() => Kind::Full,
+            (Some(_), kind) => kind,
+        }
     }
 
     /// One snapshot, and everything that has to be true afterwards.
     fn act(&self, act: &Act, tally: &mut Tally) -> Result<()> {
-        if !act.options.replace {
-            let _ = fs::remove_file(self.target);
+        let kind = self.kind(act);
+        let target = match kind {
+            Kind::Increment => self.increment(self.increments.get() + 1),
+            Kind::Full | Kind::Precopy(_) => self.target.to_owned(),
+        };
+        // What others may build on stays until there is another.
+        if !act.options.replace && self.dirty.is_none() {
+            let _ = fs::remove_file(&target);
         }
-        let before = self.there()?;
+        let before = there(&target)?;
         let injected = Injected::default();
-        let (end, t0) = self.snapshot(act, &injected, tally)?;
+        let (end, t0) = self.snapshot(act, kind, &target, &injected, tally)?;
         tally.injected_errors += injected.count();
 
         // First of all, the guest.
@@ -108,13 +146,21 @@ impl<'a> Run<'a> {
             End::Image(report) => {
                 tally.write_faults += report.counts.faults;
                 tally.fault_service_us_max = tally.fault_service_us_max.max(report.fault_service.max_us());
-                self.verify(act, &t0, tally)?;
+                match kind {
+                    Kind::Increment => {
+                        self.increments.set(self.increments.get() + 1);
+                        tally.increments += 1;
+                    }
+                    Kind::Full | Kind::Precopy(_) => self.remove_increments(),
+                }
+                tally.precopies += u64::from(matches!(kind, Kind::Precopy(_)));
+                self.verify(act, &target, &t0, tally)?;
                 tally.snapshots += 1;
             }
-            End::None(_) if before == self.there()? => {}
+            End::None(_) if before == there(&target)? => {}
             End::None(why) => return Err(format!("{why}, and the previous file is not what it was").into()),
         }
-        let mut partial = self.target.as_os_str().to_owned();
+        let mut partial = target.into_os_string();
         partial.push(".partial");
         if Path::new(&partial).exists() {
             return Err("a partial file was left behind".into());
@@ -122,20 +168,17 @@ impl<'a> Run<'a> {
         Ok(())
     }
 
-    /// Which file is at the target, and what is in it, as its own checksum says.
-    fn there(&self) -> Result<Option<(u64, i64, u32)>> {
-        if !self.target.exists() {
-            return Ok(None);
-        }
-        let data = fs::metadata(self.target)?;
-        Ok(Some((data.ino(), data.mtime_nsec(), SnapshotFile::open(self.target)?.checksum())))
-    }
-
-    fn prepare(&self, act: &Act, injected: &Injected) -> Result<Prepared> {
+    fn prepare(&self, act: &Act, kind: Kind, target: &Path, injected: &Injected) -> Result<Prepared> {
         let table = Arc::clone(self.ram.table());
         let Act { options, trouble, .. } = act;
-        let file = FileSinkOptions { replace: options.replace, sync: options.sync, direct: options.direct };
-        let mut sink = BadSink::new(Box::new(FileSink::create(self.target, &table, &file)?), injected);
+        let replace = options.replace || self.dirty.is_some();
+        let file = FileSinkOptions { replace, sync: options.sync, direct: options.direct };
+        let base = self.dirty.as_ref().and_then(|dirty| dirty.base()).filter(|_| kind == Kind::Increment);
+        let sink = match base {
+            Some(base) => FileSink::create_child(target, &table, &file, base)?,
+            None => FileSink::create(target, &table, &file)?,
+        };
+        let mut sink = BadSink::new(Box::new(sink), injected);
         if let Some(slow) = act.slow {
             sink = sink.slow(slow);
         }
@@ -153,17 +196,30 @@ impl<'a> Run<'a> {
         if let Trouble::Tracker(nth, fault) = *trouble {
             tracker = Arc::new(BadTracker::new(tracker, fault, nth, injected));
         }
-        Ok(prepare_with(Parts { tracker, ram, table, sink: Box::new(sink) }, options)?)
+        let options = Options { dirty: self.dirty.clone(), ..options.clone() };
+        Ok(prepare_with(Parts { tracker, ram, table, sink: Box::new(sink) }, &options)?)
     }
 
-    fn snapshot(&self, act: &Act, injected: &Injected, tally: &mut Tally) -> Result<(End, Vec<Vec<u8>>)> {
-        let prepared = self.prepare(act, injected)?;
-        let prepared = if act.ahead { prepared.arm_ahead() } else { Ok(prepared) };
+    fn snapshot(
+        &self,
+        act: &Act,
+        kind: Kind,
+        target: &Path,
+        injected: &Injected,
+        tally: &mut Tally,
+    ) -> Result<(End, Vec<Vec<u8>>)> {
+        let prepared = self.prepare(act, kind, target, injected)?;
+        let prepared = match kind {
+            Kind::Precopy(passes) => prepared.precopy(passes),
+            Kind::Full | Kind::Increment => Ok(prepared),
+        };
+        let prepared = prepared.and_then(|prepared| if act.ahead { prepared.arm_ahead() } else { Ok(prepared) });
         let prepared = match prepared {
             Ok(prepared) => prepared,
             Err(error) => return Ok((fine(act, injected, error, tally)?, Vec::new())),
         };
-        let Begun { live, t0, pause, .. } = snapshot_run::begin(self.guest.as_ref(), prepared)?;
+        let pending = if kind == Kind::Full { Pending::All } else { Pending::Dirty };
+        let Begun { live, t0, pause, .. } = snapshot_run::begin_with(self.guest.as_ref(), prepared, pending)?;
         tally.pause(pause);
         let live = match live {
             Ok(live) => live,
@@ -201,41 +257,73 @@ impl<'a> Run<'a> {
         Ok(live.finish())
     }
 
-    /// The file is T0, and what is restored from it as well.
-    fn verify(&self, act: &Act, t0: &[Vec<u8>], tally: &mut Tally) -> Result<()> {
-        let file = SnapshotFile::open(self.target)?;
-        let verified = verify::against_file(&file, t0)?;
+    /// The snapshot at `target`, with what it builds on, is T0, and what is restored from it as well.
+    fn verify(&self, act: &Act, target: &Path, t0: &[Vec<u8>], tally: &mut Tally) -> Result<()> {
+        let paths =
+            std::iter::once(self.target.to_owned()).chain((1..=self.increments.get()).map(|n| self.increment(n)));
+        let files = paths.map(SnapshotFile::open).collect::<std::result::Result<Vec<_>, _>>()?;
+        let verified = verify::against_chain(&files, t0)?;
         tally.pages_verified += verified.pages;
         tally.mismatches += verified.mismatched;
         if let Some(page) = verified.first_mismatch {
             return Err(format!("{} pages differ from T0, the first is {page}", verified.mismatched).into());
         }
-        if !act.restore {
-            return Ok(());
-        }
-        let chain = Chain::open(self.target)?;
-        let size = (self.plan.size, self.backing);
-        let restored = match snapshot_run::restore(self.plan.accel, self.plan.config, size, &chain, t0) {
+        let Some(mode) = act.restore else { return Ok(()) };
+        let chain = Arc::new(Chain::open(target)?);
+        match self.restore(mode, &chain, self.backing, t0, tally) {
             // The pool of huge pages may be exhausted: the first guest has them.
             Err(error) if error.downcast_ref::<MemoryError>().is_some() => {
-                let other = (self.plan.size, Backing::Anon);
-                snapshot_run::restore(self.plan.accel, self.plan.config, other, &chain, t0)?
+                self.restore(mode, &chain, Backing::Anon, t0, tally)
             }
-            other => other?,
+            other => other,
+        }
+    }
+
+    fn restore(
+        &self,
+        mode: RestoreMode,
+        chain: &Arc<Chain>,
+        backing: Backing,
+        t0: &[Vec<u8>],
+        tally: &mut Tally,
+    ) -> Result<()> {
+        let (accel, config, memory) = (self.plan.accel, self.plan.config, (self.plan.size, backing));
+        let (guest, lazy) = if mode == RestoreMode::Eager {
+            let restored = snapshot_run::restore(accel, config, memory, chain, t0)?;
+            tally.mismatches += restored.mismatched;
+            if restored.mismatched > 0 {
+                return Err(format!("{} pages differ from T0 after the restore", restored.mismatched).into());
+            }
+            restored.guest.resume()?;
+            (restored.guest, None)
+        } else {
+            let how = (mode, &LazyOptions::default());
+            let running = snapshot_run::restore_and_run(accel, config, memory, chain, how)?;
+            (running.guest, running.lazy)
         };
-        tally.mismatches += restored.mismatched;
-        if restored.mismatched > 0 {
-            return Err(format!("{} pages differ from T0 after the restore", restored.mismatched).into());
-        }
-        restored.guest.resume()?;
-        if let Err(why) = every_vcpu_writes(restored.guest.as_ref(), self.plan.config.workload, PATIENCE) {
+        if let Err(why) = every_vcpu_writes(guest.as_ref(), config.workload, PATIENCE) {
             tally.stuck_vcpus += 1;
-            return Err(format!("the restored guest: {why}").into());
+            return Err(format!("the guest restored {mode}: {why}").into());
         }
-        snapshot_run::self_check(restored.guest.as_ref(), "the restored guest", PATIENCE, &mut tally.problems)?;
+        let who = format!("the guest restored {mode}");
+        snapshot_run::self_check(guest.as_ref(), &who, PATIENCE, &mut tally.problems)?;
+        if let Some(lazy) = lazy {
+            lazy.finish()?;
+        }
         (tally.restores, tally.self_checks) = (tally.restores + 1, tally.self_checks + 1);
+        tally.restores_mapped += u64::from(mode == RestoreMode::Mapped);
+        tally.restores_lazy += u64::from(mode == RestoreMode::Lazy);
         Ok(())
     }
+}
+
+/// Which file is at `target`, and what is in it, as its own checksum says.
+fn there(target: &Path) -> Result<Option<(u64, i64, u32)>> {
+    if !target.exists() {
+        return Ok(None);
+    }
+    let data = fs::metadata(target)?;
+    Ok(Some((data.ino(), data.mtime_nsec(), SnapshotFile::open(target)?.checksum())))
 }
 
 /// Whether it is right that there is no image.

@@ -21,6 +21,12 @@ pub(crate) struct Tally {
     /// Snapshots that ended by themselves because the pool was full, as they were told to.
     pub(crate) pool_full: u64,
     pub(crate) restores: u64,
+    /// Of those: mapped, lazy.
+    pub(crate) restores_mapped: u64,
+    pub(crate) restores_lazy: u64,
+    /// Of the snapshots: increments, each verified together with what it builds on; pre-copies.
+    pub(crate) increments: u64,
+    pub(crate) precopies: u64,
     pub(crate) self_checks: u64,
     /// vCPUs that did not write, answer or pause any more.
     pub(crate) stuck_vcpus: u64,
@@ -54,10 +60,12 @@ impl Tally {
 
     pub(crate) fn summary(&self) -> String {
         format!(
-            "{}: {} snapshots in {} runs, {} pages verified, {} write faults, {} mismatches, {} stuck vCPUs, {} cancels, \
-             {} injected errors, {} full pools, {} restores, worst stall {:.1} ms, {} s, seed {}",
+            "{}: {} snapshots ({} increments, {} pre-copies) in {} runs, {} pages verified, {} write faults, {} mismatches, {} stuck vCPUs, {} cancels, \
+             {} injected errors, {} full pools, {} restores ({} mapped, {} lazy), worst stall {:.1} ms, {} s, seed {}",
             if self.is_ok() { "ok" } else { "FAILED" },
             self.snapshots,
+            self.increments,
+            self.precopies,
             self.runs,
             self.pages_verified,
             self.write_faults,
@@ -67,6 +75,8 @@ impl Tally {
             self.injected_errors,
             self.pool_full,
             self.restores,
+            self.restores_mapped,
+            self.restores_lazy,
             Duration::from_micros(self.stall_us_max).as_secs_f64() * 1e3,
             self.seconds,
             self.seed,
