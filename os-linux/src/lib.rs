@@ -47,6 +47,7 @@
 //! ```
 #![cfg_attr(test, allow(clippy::unwrap_used))]
 
+mod aliases;
 mod anonymous;
 mod backing;
 mod dirty;

@@ -178,6 +178,7 @@ impl Tracker {
         options: &TrackerOptions,
         prior: impl Fn(&RamBlock) -> u64,
     ) -> Result<Self, TrackError> {
+        ram.warn_of_aliases();
         let tracker = Self {
             uffd,
             waiter: Waiter::new()?,

@@ -4,8 +4,8 @@ use std::fs::File;
 use std::sync::Arc;
 
 use ramshot_core::{
-    Backing, BlockName, BlockTable, GuestAddr, HostAddr, HostRange, OsError, PAGE_SIZE, RamBlock, RamSource, RamTarget,
-    Treatment,
+    Backing, BlockIndex, BlockName, BlockTable, GuestAddr, HostAddr, HostRange, OsError, PAGE_SIZE, RamBlock,
+    RamSource, RamTarget, Treatment,
 };
 
 use crate::error::RamError;
@@ -73,6 +73,14 @@ impl GuestRam {
     #[must_use]
     pub fn table(&self) -> &Arc<BlockTable> {
         &self.table
+    }
+
+    /// None are known of.
+    ///
+    /// # Errors
+    /// Never on this system.
+    pub fn aliases(&self) -> std::io::Result<Vec<(BlockIndex, HostRange)>> {
+        Ok(Vec::new())
     }
 }
 

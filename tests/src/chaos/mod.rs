@@ -11,7 +11,7 @@ use std::io::Write;
 use std::sync::{Mutex, MutexGuard, Once, PoisonError};
 
 pub use parts::{BadRam, BadSink, BadTracker, Injected, SinkFault, TrackerFault};
-pub use residue::{Residue, engine_threads, other_mappings, protected_pages, registered, registered_buffers};
+pub use residue::{Residue, engine_threads, protected_pages, registered, registered_buffers};
 pub use rig::{Rig, every_vcpu_writes};
 pub use tap::Tap;
 pub use tmpfs::TinyFs;

@@ -3,7 +3,7 @@
 use std::fs;
 use std::fs::File;
 use std::io;
-use std::os::unix::fs::{FileExt, MetadataExt};
+use std::os::unix::fs::FileExt;
 
 use crate::RegionInfo;
 
@@ -100,23 +100,6 @@ pub fn protected_pages(regions: &[RegionInfo]) -> io::Result<u64> {
         }
     }
     Ok(protected)
-}
-
-/// Shared mappings in this process of the files behind `regions`, other than the regions themselves. What is written
-/// through them is not seen by a snapshot.
-///
-/// # Errors
-/// `/proc/self/maps` cannot be read.
-pub fn other_mappings(regions: &[RegionInfo]) -> io::Result<Vec<String>> {
-    let inodes: Vec<u64> =
-        regions.iter().filter_map(|r| r.file.as_ref()?.metadata().ok().map(|data| data.ino())).collect();
-    let is_other = |line: &&str| {
-        let inode = line.split_ascii_whitespace().nth(4).and_then(|field| field.parse().ok());
-        let range = range_of(line);
-        inode.is_some_and(|inode: u64| inode != 0 && inodes.contains(&inode))
-            && range.is_some_and(|(start, end)| regions.iter().all(|r| end <= r.host || r.host + r.len <= start))
-    };
-    Ok(fs::read_to_string("/proc/self/maps")?.lines().filter(is_other).map(str::to_owned).collect())
 }
 
 /// Buffers inside `regions` that this process has registered with an io_uring: their pages are pinned, and what the kernel
