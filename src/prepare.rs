@@ -34,8 +34,7 @@ pub enum PrepareError {
 /// What is missing and what to do about it. `path` exists and `options.replace` is not set; its directory does not exist
 /// or cannot be written; another snapshot is being written to it; a setting is out of range.
 pub fn prepare(ram: &Arc<GuestRam>, path: impl AsRef<Path>, options: &Options) -> Result<Prepared, PrepareError> {
-    options.check().map_err(SetupFailed::from)?;
-    let sink = FileSink::create(path.as_ref(), ram.table(), &file_options(options))?;
+    let sink = Target::Full.create(ram, path.as_ref(), options)?;
     with_sink(ram, sink, options)
 }
 
@@ -49,14 +48,30 @@ pub fn prepare_increment(
     path: impl AsRef<Path>,
     options: &Options,
 ) -> Result<Prepared, PrepareError> {
-    options.check().map_err(SetupFailed::from)?;
-    let base = options.dirty.as_ref().and_then(|dirty| dirty.base()).ok_or(DirtyError::NoBase)?;
-    let sink = FileSink::create_child(path.as_ref(), ram.table(), &file_options(options), base)?;
+    let sink = Target::Increment.create(ram, path.as_ref(), options)?;
     with_sink(ram, sink, options)
 }
 
-fn file_options(options: &Options) -> FileSinkOptions {
-    FileSinkOptions { replace: options.replace, sync: options.sync, direct: options.direct }
+/// What a snapshot file is to be.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+pub(crate) enum Target {
+    Full,
+    Increment,
+}
+
+impl Target {
+    /// Begins the file.
+    pub(crate) fn create(self, ram: &GuestRam, path: &Path, options: &Options) -> Result<FileSink, PrepareError> {
+        options.check().map_err(SetupFailed::from)?;
+        let file = FileSinkOptions { replace: options.replace, sync: options.sync, direct: options.direct };
+        Ok(match self {
+            Self::Full => FileSink::create(path, ram.table(), &file)?,
+            Self::Increment => {
+                let base = options.dirty.as_ref().and_then(|dirty| dirty.base()).ok_or(DirtyError::NoBase)?;
+                FileSink::create_child(path, ram.table(), &file, base)?
+            }
+        })
+    }
 }
 
 fn with_sink(ram: &Arc<GuestRam>, sink: FileSink, options: &Options) -> Result<Prepared, PrepareError> {

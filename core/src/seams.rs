@@ -123,6 +123,14 @@ pub trait WriteTracker: Send + Sync {
     /// What the system answered. The descriptor is of no more use then.
     fn next_events(&self, events: &mut [Event], timeout_ms: Option<u32>) -> Result<usize, OsError>;
 
+    /// Calls `each` for every discard and unmapping that somebody else has read for this tracker and that
+    /// [`next_events`](Self::next_events) has not handed out. Asked under the lock that guards the snapshot, before a run
+    /// counts as captured. Only for a tracker whose events others read, as those of a lazy restore are; by default there
+    /// is none.
+    fn losses(&self, each: &mut dyn FnMut(Event)) {
+        let _ = each;
+    }
+
     /// Makes the running or the next call of [`next_events`](Self::next_events) return.
     fn interrupt(&self);
 

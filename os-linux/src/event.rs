@@ -92,7 +92,10 @@ pub(crate) struct Waiter {
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
 pub(crate) enum Woken {
     /// There are messages, or were a moment ago.
-    Messages,
+    Messages {
+        /// There was an interrupt as well, and it is taken.
+        interrupted: bool,
+    },
     /// By [`Waiter::interrupt`], or the time has passed.
     Empty,
 }
@@ -110,6 +113,22 @@ impl Waiter {
         let _ = self.interrupt.write(1);
     }
 
+    /// Waits for an interrupt only; whether there was one.
+    pub(crate) fn wait_alone(&self, deadline: Option<Instant>) -> Result<bool, OsError> {
+        let mut fds = [PollFd::new(self.interrupt.as_fd(), PollFlags::POLLIN)];
+        loop {
+            match poll(&mut fds, timeout(deadline)) {
+                Ok(0) if deadline.is_some_and(|end| Instant::now() < end) => {}
+                Ok(0) => return Ok(false),
+                Ok(_) => break,
+                Err(Errno::EINTR) => {}
+                Err(errno) => return Err(OsError::new("poll eventfd", errno as i32)),
+            }
+        }
+        let _ = self.interrupt.read();
+        Ok(true)
+    }
+
     pub(crate) fn wait(&self, uffd: &Uffd, deadline: Option<Instant>) -> Result<Woken, OsError> {
         let mut fds =
             [PollFd::new(uffd.as_fd(), PollFlags::POLLIN), PollFd::new(self.interrupt.as_fd(), PollFlags::POLLIN)];
@@ -123,11 +142,12 @@ impl Waiter {
             }
         }
         let [uffd, interrupt] = fds.map(|fd| fd.revents().unwrap_or(PollFlags::POLLERR));
-        if interrupt.intersects(PollFlags::POLLIN) {
+        let interrupted = interrupt.intersects(PollFlags::POLLIN);
+        if interrupted {
             let _ = self.interrupt.read(); // back to zero; EAGAIN if another took it
         }
         if uffd.contains(PollFlags::POLLIN) {
-            Ok(Woken::Messages)
+            Ok(Woken::Messages { interrupted })
         } else if uffd.intersects(PollFlags::POLLERR | PollFlags::POLLNVAL | PollFlags::POLLHUP) {
             Err(OsError::new("poll userfaultfd", libc::EBADF))
         } else {
@@ -146,7 +166,7 @@ pub(crate) fn next_events(
     take: &mut dyn FnMut(Message) -> Option<Event>,
 ) -> Result<usize, OsError> {
     let deadline = deadline(timeout_ms);
-    while waiter.wait(uffd, deadline)? == Woken::Messages {
+    while let Woken::Messages { interrupted } = waiter.wait(uffd, deadline)? {
         let limit = events.len();
         if limit == 0 {
             return Ok(0);
@@ -161,8 +181,8 @@ pub(crate) fn next_events(
                 count += 1;
             }
         })?;
-        // None: another thread's call has settled it since, or the message was not for the engine.
-        if count > 0 {
+        // None: another thread's call has settled it since, or the message was not for the caller.
+        if count > 0 || interrupted {
             return Ok(count);
         }
     }
@@ -170,7 +190,7 @@ pub(crate) fn next_events(
 }
 
 /// When `timeout_ms` from now is (`None`: never).
-fn deadline(timeout_ms: Option<u32>) -> Option<Instant> {
+pub(crate) fn deadline(timeout_ms: Option<u32>) -> Option<Instant> {
     timeout_ms.and_then(|ms| Instant::now().checked_add(Duration::from_millis(u64::from(ms))))
 }
 

@@ -8,18 +8,23 @@ use std::time::Duration;
 use nix::errno::Errno;
 use ramshot_core::{Event, Filled, HostAddr, HostRange, OsError, RamBlock, RamFiller, Treatment};
 
-use crate::error::TrackError;
-use crate::event::{self, Message, Waiter};
+use crate::error::{Missing, TrackError};
+use crate::event::{self, Message};
 use crate::populated::{PageTable, populated};
 use crate::probe::{self, WANTED};
 use crate::ram::GuestRam;
 use crate::register;
+use crate::relay::{Attach, Relay};
 use crate::storm::cut;
+use crate::tracker::{Tracker, TrackerOptions};
 use crate::uffd::{Stopped, Uffd};
 use crate::{maps, uapi};
 
 /// How often a call that the kernel puts off is repeated before the caller is asked to read events.
 const ATTEMPTS: u32 = 2;
+
+/// Zeros to be put in where the kernel's own page of them will not do.
+static ZEROS: [u8; 64 << 10] = [0; 64 << 10];
 
 /// How a [`Filler`] is opened.
 #[derive(Clone, Copy, PartialEq, Eq, Debug, Default)]
@@ -32,7 +37,7 @@ pub struct FillerOptions {
 /// Puts pages into guest RAM that was registered as missing: whoever touches one waits until it is there.
 ///
 /// Its context has the features that write tracking needs, and its blocks are registered for missing pages only: that is
-/// cheap to end. A [`Tracker`](crate::Tracker) may register them for writes as well (the kernel takes a second registration by the same context).
+/// cheap to end. A [`Tracker`] may share it ([`track`](Self::track)).
 ///
 /// # Somebody must read
 /// As for a [`Tracker`](crate::Tracker): from [`open`](Self::open) on a thread reads
@@ -49,9 +54,12 @@ pub struct FillerOptions {
 #[derive(Debug)]
 pub struct Filler {
     uffd: ManuallyDrop<Uffd>,
-    waiter: Waiter,
+    /// With whoever tracks writes meanwhile.
+    relay: Arc<Relay>,
     registered: Mutex<Vec<HostRange>>,
     can_poison: bool,
+    /// Of the context.
+    features: u64,
     /// As many zeros as the largest page of a block that has no zero page of its own.
     zeros: Vec<u8>,
     ram: Arc<GuestRam>,
@@ -70,9 +78,10 @@ impl Filler {
         let (uffd, features) = probe::open_context(wanted, options.user_mode_only)?;
         let mut filler = Self {
             uffd: ManuallyDrop::new(uffd),
-            waiter: Waiter::new()?,
+            relay: Arc::new(Relay::new()?),
             registered: Mutex::new(Vec::new()),
             can_poison: features & uapi::FEATURE_POISON != 0,
+            features,
             zeros: Vec::new(),
             ram,
         };
@@ -116,6 +125,39 @@ impl Filler {
             );
         }
         Ok(())
+    }
+
+    /// Tracks writes to the same memory: a live snapshot of a VM that is still being restored. The tracker uses this context, and its
+    /// events are read by whoever reads this filler's. Until it is disarmed and dropped, [`finish`](RamFiller::finish) says
+    /// `EBUSY`.
+    ///
+    /// What it does not know of is which missing pages have data: its [`populated`](ramshot_core::WriteTracker::populated)
+    /// names what is there. [`LazyRestore::prepare`](https://docs.rs/ramshot) adds the rest.
+    ///
+    /// # Errors
+    /// [`TrackError::Unsuitable`] if a tracker shares the context already, or if the restore is over: then open one of its own
+    /// ([`is_over`](Self::is_over) tells). Otherwise as [`Tracker::open`].
+    pub fn track(&self, options: &TrackerOptions) -> Result<Tracker, TrackError> {
+        let unsuitable = |why: &str, remedy: &str| {
+            TrackError::Unsuitable(Missing::new("the userfaultfd of the lazy restore", why.to_owned(), remedy))
+        };
+        match self.relay.attach() {
+            Ok(()) => {}
+            Err(Attach::Busy) => return Err(unsuitable("another snapshot uses it", "wait until that is over")),
+            Err(Attach::Over) => return Err(unsuitable("the restore is over", "open one: memory is ordinary memory")),
+        }
+        let shared =
+            Tracker::sharing(&self.uffd, self.features, Arc::clone(&self.relay), Arc::clone(&self.ram), options);
+        if shared.is_err() {
+            self.relay.detach();
+        }
+        shared
+    }
+
+    /// Whether it has [finished](RamFiller::finish): memory is ordinary memory.
+    #[must_use]
+    pub fn is_over(&self) -> bool {
+        self.relay.is_over()
     }
 
     /// The guest RAM it fills.
@@ -191,6 +233,9 @@ impl Filler {
 
     /// What a message means to the engine, having noted what it means to us.
     fn take(&self, message: Message) -> Option<Event> {
+        if !self.relay.pass(message) {
+            return None;
+        }
         let (event, range) = match message {
             Message::Event(Event::Unmapped(range)) => (Event::Unmapped(range), range),
             Message::Event(event) => return Some(event),
@@ -223,20 +268,36 @@ impl RamFiller for Filler {
             let from = usize::try_from(part.start.0 - at.0).unwrap_or(usize::MAX);
             let len = usize::try_from(part.len).unwrap_or(usize::MAX);
             let bytes = bytes.get(from..).and_then(|rest| rest.get(..len)).unwrap_or_default();
-            self.uffd.copy(part.start, bytes)
+            let putting_in = self.relay.putting_in();
+            self.uffd.copy(part.start, bytes, putting_in.protected(part))
         })
     }
 
     fn zero(&self, range: HostRange) -> Result<Filled, OsError> {
-        let block = self.block(range.start);
-        let Some(page) = block.filter(|block| block.backing == ramshot_core::Backing::HugeTlb).map(|b| b.page_size)
-        else {
-            return self.through("UFFDIO_ZEROPAGE", range, |part| self.uffd.zeropage(part));
+        let zeros = |len: u64| {
+            // A huge page has a buffer of its own.
+            let from = if self.zeros.is_empty() { ZEROS.as_slice() } else { &self.zeros };
+            from.get(..usize::try_from(len).unwrap_or(usize::MAX)).unwrap_or(from)
         };
+        let block = self.block(range.start);
+        let huge = block.filter(|block| block.backing == ramshot_core::Backing::HugeTlb).map(|block| block.page_size);
+        let step = huge.unwrap_or(ZEROS.len() as u64);
         let mut filled = Filled::default();
-        let zeros = self.zeros.get(..usize::try_from(page).unwrap_or(usize::MAX)).unwrap_or_default();
         while filled.bytes < range.len && !filled.again {
-            let one = self.fill(HostAddr(range.start.0 + filled.bytes), zeros)?;
+            let at = HostAddr(range.start.0 + filled.bytes);
+            let rest = HostRange::new(at, range.len - filled.bytes);
+            let one = {
+                let putting_in = self.relay.putting_in();
+                if huge.is_none() && !putting_in.protected(rest) {
+                    self.through("UFFDIO_ZEROPAGE", rest, |part| self.uffd.zeropage(part))?
+                } else {
+                    // The kernel has no zero page for it, or none that is protected.
+                    let piece = HostRange::new(at, rest.len.min(step));
+                    self.through("UFFDIO_COPY of zeros", piece, |part| {
+                        self.uffd.copy(part.start, zeros(part.len), putting_in.protected(part))
+                    })?
+                }
+            };
             filled.bytes += one.bytes;
             filled.present += one.present;
             filled.again = one.again;
@@ -253,14 +314,17 @@ impl RamFiller for Filler {
     }
 
     fn next_events(&self, events: &mut [Event], timeout_ms: Option<u32>) -> Result<usize, OsError> {
-        event::next_events(&self.waiter, &self.uffd, events, timeout_ms, &mut |message| self.take(message))
+        event::next_events(&self.relay.filler, &self.uffd, events, timeout_ms, &mut |message| self.take(message))
     }
 
     fn interrupt(&self) {
-        self.waiter.interrupt();
+        self.relay.filler.interrupt();
     }
 
     fn finish(&self) -> Result<(), OsError> {
+        if !self.relay.end() {
+            return Err(OsError::new("ending a lazy restore during a snapshot", libc::EBUSY));
+        }
         let mut first = Ok(());
         let mut failed = Vec::new();
         loop {

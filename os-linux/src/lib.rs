@@ -63,6 +63,7 @@ pub mod priority;
 mod probe;
 mod ram;
 mod register;
+mod relay;
 pub mod storage;
 mod storm;
 mod tracker;

@@ -131,7 +131,7 @@ fn explain(errno: Errno) -> (&'static str, &'static str) {
     match errno {
         Errno::EBUSY => (
             "another userfaultfd is registered there, and the kernel allows one",
-            "hand that descriptor over (Tracker::from_fd), or wait until its user is done",
+            "hand that descriptor over (Tracker::from_fd; a lazy restore: LazyRestore::prepare), or wait until its user is done",
         ),
         Errno::EINVAL => (
             "the mapping is of a kind this kernel cannot write-protect, or has changed",

@@ -17,6 +17,7 @@ use crate::event::{self, Message, Waiter};
 use crate::populated::{PageTable, populated};
 use crate::probe::{self, WANTED};
 use crate::ram::GuestRam;
+use crate::relay::Relay;
 use crate::storm::Storm;
 use crate::uffd::{Uffd, Way};
 use crate::{maps, register, uapi};
@@ -57,6 +58,8 @@ impl Default for TrackerOptions {
 pub struct Tracker {
     uffd: Uffd,
     waiter: Waiter,
+    /// With the lazy restore whose context this is: it reads the events.
+    relay: Option<Arc<Relay>>,
     page_table: PageTable,
     patience: Duration,
     /// Whether the kernel lifts the protection of what is unregistered (since 6.0; known by a feature of 6.4).
@@ -98,7 +101,21 @@ impl Tracker {
     /// What is missing; nothing stays open or registered.
     pub fn open(ram: Arc<GuestRam>, options: &TrackerOptions) -> Result<Self, TrackError> {
         let (uffd, features) = probe::open_context(WANTED, options.user_mode_only)?;
-        Self::start(uffd, features, ram, options, |_| 0)
+        Self::start(uffd, features, None, ram, options, |_| 0)
+    }
+
+    /// On the context of a lazy restore, which has attached it.
+    pub(crate) fn sharing(
+        uffd: &Uffd,
+        features: u64,
+        relay: Arc<Relay>,
+        ram: Arc<GuestRam>,
+        options: &TrackerOptions,
+    ) -> Result<Self, TrackError> {
+        let duplicate = uffd
+            .duplicate()
+            .map_err(|error| OsError::new("fcntl F_DUPFD_CLOEXEC", error.raw_os_error().unwrap_or(0)))?;
+        Self::start(duplicate, features, Some(relay), ram, options, |_| uapi::REGISTER_MODE_MISSING)
     }
 
     /// Takes over a userfaultfd of this process on which UFFDIO_API has been called: the one that a lazy restore runs
@@ -148,7 +165,7 @@ impl Tracker {
             let mode = |flag, mode| if over(flag) { mode } else { 0 };
             mode("um", uapi::REGISTER_MODE_MISSING) | mode("ui", uapi::REGISTER_MODE_MINOR)
         };
-        Self::start(Uffd::new(fd), features, ram, options, prior)
+        Self::start(Uffd::new(fd), features, None, ram, options, prior)
     }
 
     /// Takes over a `userfaultfd::Uffd`, as [`from_fd`](Self::from_fd) does.
@@ -174,6 +191,7 @@ impl Tracker {
     fn start(
         uffd: Uffd,
         features: u64,
+        relay: Option<Arc<Relay>>,
         ram: Arc<GuestRam>,
         options: &TrackerOptions,
         prior: impl Fn(&RamBlock) -> u64,
@@ -182,6 +200,7 @@ impl Tracker {
         let tracker = Self {
             uffd,
             waiter: Waiter::new()?,
+            relay,
             page_table: PageTable::open(),
             patience: options.patience,
             ending_lifts: Way::ALL.into_iter().find_map(|way| probe::offered(way).ok()).unwrap_or(0)
@@ -262,7 +281,10 @@ impl Tracker {
         let take = &mut |message| {
             self.take(message);
         };
-        while event::read_now(&self.uffd, usize::MAX, take)? > 0 {}
+        match &self.relay {
+            Some(relay) => relay.losses(take),
+            None => while event::read_now(&self.uffd, usize::MAX, take)? > 0 {},
+        }
         Ok(())
     }
 
@@ -307,6 +329,11 @@ impl WriteTracker for Tracker {
 
     fn protect(&self, range: HostRange) -> Result<(), OsError> {
         let _under_way = self.protecting.read().unwrap_or_else(PoisonError::into_inner);
+        if let Some(relay) = &self.relay {
+            // Whole blocks: what is protected too much is released at its first fault.
+            let blocks = self.ram.table().blocks().iter().filter(|block| block.mapping().overlaps(range));
+            blocks.for_each(|block| relay.protect_what_comes(block.mapping()));
+        }
         let attempt = || {
             if self.disarmed.load(Ordering::Acquire) {
                 return Err(OsError::new("UFFDIO_WRITEPROTECT after disarming", libc::ECANCELED).on(range));
@@ -348,11 +375,23 @@ impl WriteTracker for Tracker {
     }
 
     fn next_events(&self, events: &mut [Event], timeout_ms: Option<u32>) -> Result<usize, OsError> {
+        if let Some(relay) = &self.relay {
+            return relay.next_events(events, timeout_ms, &mut |message| self.take(message));
+        }
         event::next_events(&self.waiter, &self.uffd, events, timeout_ms, &mut |message| self.take(message))
     }
 
+    fn losses(&self, each: &mut dyn FnMut(Event)) {
+        if let Some(relay) = &self.relay {
+            relay.losses(&mut |message| self.take(message).into_iter().for_each(&mut *each));
+        }
+    }
+
     fn interrupt(&self) {
-        self.waiter.interrupt();
+        match &self.relay {
+            Some(relay) => relay.interrupt_tracker(),
+            None => self.waiter.interrupt(),
+        }
     }
 
     fn disarm(&self) -> Result<(), OsError> {
@@ -360,6 +399,8 @@ impl WriteTracker for Tracker {
         // From here on nobody protects: who does now is waited for, who comes later sees the flag.
         drop(self.protecting.write().unwrap_or_else(PoisonError::into_inner));
         let _alone = self.disarming.lock().unwrap_or_else(PoisonError::into_inner);
+        // Nor does anything come in protected.
+        self.relay.iter().for_each(|relay| relay.protect_no_more());
         let mut first = None;
         let mut failed = Vec::new();
         loop {
@@ -389,5 +430,6 @@ impl Drop for Tracker {
         if let Err(error) = self.disarm() {
             log::error!(target: "ramshot::track", "disarming on drop: {error}; closing the descriptor lifts the rest");
         }
+        self.relay.iter().for_each(|relay| relay.detach());
     }
 }

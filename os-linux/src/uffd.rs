@@ -143,12 +143,13 @@ impl Uffd {
         unsafe { uapi::ioctl_writeprotect(self.raw(), &raw mut arg) }.map(drop)
     }
 
-    /// UFFDIO_COPY: puts `bytes` at `at`, where no page may be, and wakes who waits there.
-    pub(crate) fn copy(&self, at: HostAddr, bytes: &[u8]) -> Result<(), Stopped> {
+    /// UFFDIO_COPY: puts `bytes` at `at`, where no page may be, write-protected if that is wanted, and wakes who waits there.
+    pub(crate) fn copy(&self, at: HostAddr, bytes: &[u8], protected: bool) -> Result<(), Stopped> {
         let len = u64::try_from(bytes.len()).unwrap_or(u64::MAX);
         // The kernel reads through the address.
         let src = u64::try_from(bytes.as_ptr().expose_provenance()).unwrap_or(0);
-        let mut arg = UffdioCopy { dst: at.0, src, len, mode: 0, done: 0 };
+        let mode = if protected { uapi::COPY_MODE_WP } else { 0 };
+        let mut arg = UffdioCopy { dst: at.0, src, len, mode, done: 0 };
         // SAFETY: the descriptor is open, `arg` is a live `uffdio_copy`, `bytes` is readable for `len` bytes. The kernel
         // writes only where no page is in a mapping that is registered here, so nobody has read those bytes: who tried
         // to is blocked.
@@ -175,6 +176,11 @@ impl Uffd {
     /// Reads messages, as many as there are and fit; EAGAIN if there is none.
     pub(crate) fn read(&self, into: &mut [u8]) -> Result<usize, Errno> {
         nix::unistd::read(&self.0, into)
+    }
+
+    /// Another descriptor of the same context.
+    pub(crate) fn duplicate(&self) -> std::io::Result<Self> {
+        self.0.try_clone().map(Self)
     }
 
     fn raw(&self) -> RawFd {

@@ -7,6 +7,7 @@ use ramshot_core::{Event, Filled, HostAddr, HostRange, OsError, RamFiller};
 
 use crate::error::TrackError;
 use crate::ram::GuestRam;
+use crate::tracker::{Tracker, TrackerOptions};
 use crate::unsupported;
 
 /// How a [`Filler`] is opened.
@@ -29,6 +30,20 @@ impl Filler {
     /// [`TrackError::Unavailable`], always.
     pub fn open(_ram: Arc<GuestRam>, _options: &FillerOptions) -> Result<Self, TrackError> {
         Err(TrackError::Unavailable(unsupported("lazy restore")))
+    }
+
+    /// Never.
+    ///
+    /// # Errors
+    /// None: there is no such value.
+    pub fn track(&self, _options: &TrackerOptions) -> Result<Tracker, TrackError> {
+        match self.never {}
+    }
+
+    /// Never.
+    #[must_use]
+    pub fn is_over(&self) -> bool {
+        match self.never {}
     }
 
     /// The guest RAM it fills.

@@ -108,7 +108,7 @@ impl State {
 }
 
 /// A discard or an unmapping ends the snapshot if it met a page that was not captured.
-pub(crate) fn hear_of_loss(core: &mut Core, event: Event) {
+fn hear_of_loss(core: &mut Core, event: Event) {
     match event {
         Event::Discarded(range) => core.handle_discarded(range),
         Event::Unmapped(range) => core.handle_unmapped(range),
@@ -337,6 +337,8 @@ impl Shared {
             self.announce_end(&mut state);
             return None;
         }
+        // What was discarded before it was copied does not count.
+        self.tracker.losses(&mut |event| self.lost(&mut state, event));
         let captured = state.core.as_mut().map(|core| core.captured(claim))?;
         let job = self.release(state, captured, buffers);
         if job.is_none() {
@@ -421,6 +423,19 @@ impl Shared {
         self.work_changed(state);
         if state.is_written() {
             self.done.notify_all();
+        }
+    }
+
+    /// Memory was discarded or unmapped.
+    pub(crate) fn lost(&self, state: &mut State, event: Event) {
+        let (Event::Discarded(range) | Event::Unmapped(range)) = event else { return };
+        // No log tells of it.
+        self.dirty.iter().for_each(|dirty| dirty.mark(range));
+        match (state.phase, &mut state.core, &mut state.ahead) {
+            (Phase::Live, Some(core), _) => hear_of_loss(core, event),
+            (Phase::Prepared, _, Some(ahead)) => ahead.handle_discarded(range),
+            (Phase::Prepared | Phase::Live, ..) => {}
+            (Phase::Arming, ..) => state.early_losses.push(event),
         }
     }
 

@@ -6,7 +6,7 @@ use heapless::Vec as Array;
 use ramshot_core::{Cause, Done, Event, FaultOutcome, HostAddr, HostRange, Next, OsError, PAGE_SIZE, Worker};
 
 use super::pool::Job;
-use super::shared::{Phase, Shared, State, hear_of_loss};
+use super::shared::{Phase, Shared, State};
 use crate::sink::ImageSink;
 use crate::sync::{Arc, MutexGuard, run_at_once, run_behind};
 
@@ -135,16 +135,7 @@ impl<'a> FaultServer<'a> {
                     state.foreign_faults += 1;
                     self.foreign.push(at);
                 }
-                Event::Discarded(range) | Event::Unmapped(range) => {
-                    // No log tells of it.
-                    self.shared.dirty.iter().for_each(|dirty| dirty.mark(range));
-                    match (state.phase, &mut state.core, &mut state.ahead) {
-                        (Phase::Live, Some(core), _) => hear_of_loss(core, event),
-                        (Phase::Prepared, _, Some(ahead)) => ahead.handle_discarded(range),
-                        (Phase::Prepared | Phase::Live, ..) => {}
-                        (Phase::Arming, ..) => state.early_losses.push(event),
-                    }
-                }
+                Event::Discarded(_) | Event::Unmapped(_) => self.shared.lost(state, event),
             }
         }
     }

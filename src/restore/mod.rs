@@ -14,6 +14,7 @@ mod prefetch;
 mod read;
 mod server;
 mod shared;
+mod snapshot;
 
 use std::fmt;
 use std::path::PathBuf;
@@ -179,6 +180,8 @@ pub enum LazyFailed {
 #[derive(Debug)]
 pub struct LazyRestore {
     shared: Arc<Shared>,
+    /// Unless the memory is of another kind.
+    filler: Option<Arc<Filler>>,
     threads: Vec<JoinHandle<()>>,
 }
 
@@ -196,7 +199,10 @@ pub fn lazy(source: Arc<dyn PageSource>, ram: &Arc<GuestRam>, options: &LazyOpti
     source.check_whole()?;
     let table = in_file_order(source.as_ref(), ram.table())?;
     let filler = Filler::open(Arc::clone(ram), &FillerOptions { user_mode_only: options.user_mode_only })?;
-    begin(Arc::new(filler), source, Arc::new(table), options, begun)
+    let filler = Arc::new(filler);
+    let mut restore = begin(Arc::clone(&filler) as Arc<dyn RamFiller>, source, Arc::new(table), options, begun)?;
+    restore.filler = Some(filler);
+    Ok(restore)
 }
 
 /// As [`lazy`], for a memory of your own. Nobody may run in it yet; `table` has the blocks of `source` in its order.
@@ -261,7 +267,7 @@ fn start(
     let core = Fill::new(Arc::clone(&table), settled, lost, limits)?;
     let host_page = table.blocks().iter().map(|block| block.page_size).max().unwrap_or(PAGE_SIZE);
     let shared = Arc::new(Shared::new(Arc::clone(filler), source, core, options, begun, host_page));
-    let mut restore = LazyRestore { shared, threads: Vec::new() };
+    let mut restore = LazyRestore { shared, filler: None, threads: Vec::new() };
     let spawned = restore
         .spawn("ramshot-missing", server::serve)
         .and_then(|()| restore.spawn("ramshot-prefetch", prefetch::prefetch));

@@ -20,6 +20,8 @@ const BATCH: usize = 64;
 const PIECE_PAGES: u64 = 64;
 /// Without a fault for this long, the next one is a fault by itself.
 const LULL: Duration = Duration::from_micros(300);
+/// `EBUSY`.
+const BUSY: i32 = 16;
 /// While something has to be repeated, events are waited for no longer than this.
 const RETRY_MS: u32 = 1;
 /// Runs remembered for the next time: 16 MiB.
@@ -111,9 +113,8 @@ impl Server<'_> {
                 Event::Discarded(range) | Event::Unmapped(range) => {
                     state.core.handle_discarded(range, |range| self.zeros.push(range));
                 }
-                Event::WriteFault { at } => {
-                    log::error!(target: "ramshot::restore", "write fault at {at}: nothing is write-protected here");
-                }
+                // A tracker that shares the context hears of it.
+                Event::WriteFault { .. } => {}
             }
         }
         held.into_iter().for_each(|at| self.take_fault(&mut state, at));
@@ -186,7 +187,10 @@ impl Server<'_> {
         self.served_at = Some(now);
         let mut state = self.shared.lock();
         state.service.record(now.duration_since(read_at));
-        if claim.holds() != Holds::Zero && state.touched.len() < MOST_TOUCHED {
+        let asked = state.for_snapshot.len();
+        state.for_snapshot.retain(|&page| !claim.run().contains(page));
+        let touched = state.for_snapshot.len() == asked;
+        if touched && claim.holds() != Holds::Zero && state.touched.len() < MOST_TOUCHED {
             state.touched.push(claim.run());
         }
         state.core.end(claim);
@@ -376,9 +380,19 @@ impl Server<'_> {
             }
             return Ok(false);
         }
-        let finished = self.shared.filler.finish();
-        self.shared.over(Phase::Over, finished.err().map(LazyFailed::Unregister));
-        Ok(true)
+        match self.shared.filler.finish() {
+            // A snapshot works on the same context: its end wakes us.
+            Err(error) if error.errno == BUSY => {
+                if was == Phase::Filling {
+                    self.shared.over(Phase::Staying, None);
+                }
+                Ok(false)
+            }
+            finished => {
+                self.shared.over(Phase::Over, finished.err().map(LazyFailed::Unregister));
+                Ok(true)
+            }
+        }
     }
 
     /// Everything that has data and is not in is lost.

@@ -56,6 +56,8 @@ pub(super) struct State {
     /// Never began: leave.
     pub(super) abandoned: bool,
     pub(super) phase: Phase,
+    /// What a snapshot has asked for: nobody's working set.
+    pub(super) for_snapshot: Vec<PageId>,
     /// What was read for faults, in order.
     pub(super) touched: Vec<Run>,
     /// The order of the last time.
@@ -120,6 +122,7 @@ impl Shared {
             cancelled: false,
             abandoned: false,
             phase: Phase::Filling,
+            for_snapshot: Vec::new(),
             touched: Vec::new(),
             order: Arc::new([]),
             data_pages: 0,

@@ -284,6 +284,12 @@ where
         self.find_data(from, PageId(self.table.pages()), content, false).0.map(|(run, _)| run)
     }
 
+    /// The first pages of `run` that are lost.
+    #[must_use]
+    pub fn next_lost(&self, run: Run) -> Option<PageId> {
+        self.lost.next_set(run.first).filter(|&page| run.contains(page))
+    }
+
     /// Gives up `run`, which [`next_missing`](Self::next_missing) gave: it is lost.
     pub fn give_up(&mut self, run: Run) {
         let before = self.settled.count();

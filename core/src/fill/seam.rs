@@ -60,6 +60,7 @@ pub trait RamFiller: Send + Sync {
     /// when no page is missing that has data.**
     ///
     /// # Errors
-    /// The first error met; the rest is done all the same.
+    /// `EBUSY` (16) while a snapshot shares what the filler works with: nothing was ended, try again when
+    /// [`next_events`](Self::next_events) returns. Otherwise the first error met; the rest is done all the same.
     fn finish(&self) -> Result<(), OsError>;
 }
