@@ -3,13 +3,15 @@
 
 use std::error::Error;
 use std::fmt;
+use std::path::Path;
 use std::str::FromStr;
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 use ramshot::file::PageSource;
 use ramshot::{
-    Chain, GuestRam, LazyOptions, LazyRestore, Live, MapTarget, Pending, Prepared, RamError, SnapshotFailed,
+    Chain, GuestRam, LazyOptions, LazyRestore, Live, MapTarget, Options, Pending, Prepared, RamError, Report,
+    SnapshotFailed,
 };
 
 use crate::{Accel, Backing, CheckReport, Guest, GuestConfig, GuestError, Memory, Workload, new_guest, verify};
@@ -171,6 +173,27 @@ pub struct Running {
     pub call: Duration,
     /// What brings its pages in.
     pub lazy: Option<LazyRestore>,
+    /// Its memory as ramshot sees it, if pages come in.
+    pub ram: Option<Arc<GuestRam>>,
+}
+
+impl Running {
+    /// Takes a snapshot of the guest at once, while its pages come in, to `path`; returns how long the guest was paused
+    /// and what `finish` says.
+    ///
+    /// # Errors
+    /// The guest or the snapshot; there is nothing that brings its pages in.
+    pub fn snapshot(&self, path: &Path, options: &Options) -> Result<(Duration, Report), Box<dyn Error>> {
+        let (lazy, ram) = self.lazy.as_ref().zip(self.ram.as_ref()).ok_or("nothing is coming in")?;
+        let prepared = lazy.prepare(ram, path, options)?.arm_ahead()?;
+        let stopping = Instant::now();
+        self.guest.pause()?;
+        let state = self.guest.save_state()?;
+        let live = prepared.begin(Pending::All, state);
+        self.guest.resume()?;
+        let pause = stopping.elapsed();
+        Ok((pause, live?.finish()?))
+    }
 }
 
 /// Restores `chain` into fresh memory and a new guest, which runs as soon as `mode` lets it.
@@ -187,13 +210,14 @@ pub fn restore_and_run(
     let memory = Memory::new(size, backing)?;
     let guest = new_guest(accel, Arc::clone(&memory), config)?;
     let start = Instant::now();
-    let mut lazy = None;
+    let (mut lazy, mut lazy_ram) = (None, None);
     if mode == RestoreMode::Mapped {
         map_into(chain, &memory)?;
     } else {
         let ram = Arc::new(GuestRam::from_guest_memory(Arc::clone(memory.guest()))?);
         if mode == RestoreMode::Lazy {
             lazy = Some(ramshot::lazy(Arc::clone(chain) as Arc<dyn PageSource>, &ram, options)?);
+            lazy_ram = Some(ram);
         } else {
             chain.restore_into(ram.table(), ram.as_ref(), 2)?;
         }
@@ -209,7 +233,7 @@ pub fn restore_and_run(
         }
         std::hint::spin_loop();
     }
-    Ok(Running { guest, first_instruction: start.elapsed(), call, lazy })
+    Ok(Running { guest, first_instruction: start.elapsed(), call, lazy, ram: lazy_ram })
 }
 
 /// Has the guest check its memory; what it found wrong is added to `problems`.

@@ -38,7 +38,7 @@ fn run_all(options: &Options) -> Result<bool, Box<dyn Error>> {
             Accel::Threads
         }
     });
-    options.increments()?;
+    options.check()?;
     let mut json = options.json.as_ref().map(|path| {
         let file = OpenOptions::new().create(true).append(true).open(path);
         file.map_err(|error| format!("--json {}: {error}", path.display()))
@@ -63,7 +63,7 @@ fn run_all(options: &Options) -> Result<bool, Box<dyn Error>> {
         let outcome = run::run(options, accel, options.seed + u64::from(run));
         let outcome = outcome.unwrap_or_else(|error| Outcome::failed(options, accel, causes(error.as_ref())));
         println!("{}", outcome.row(run + 1));
-        outcome.chain_rows().for_each(|row| println!("{row}"));
+        outcome.again_row().into_iter().chain(outcome.chain_rows()).for_each(|row| println!("{row}"));
         for problem in &outcome.problems {
             println!("     NOT OK: {problem}");
         }

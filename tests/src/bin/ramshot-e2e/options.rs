@@ -67,6 +67,10 @@ pub(crate) struct Options {
     /// How often it is given back; a lazy restore records what the guest touches first, the next one reads that first.
     #[arg(long, default_value_t = 1, value_parser = clap::value_parser!(u32).range(1..=100))]
     pub(crate) restores: u32,
+    /// Takes a snapshot of the restored guest at once, while its pages come in, and restores that into a guest, too. With
+    /// `--restore lazy`.
+    #[arg(long)]
+    pub(crate) again: bool,
     /// Pool size (K, M, G).
     #[arg(long, default_value = "64M", value_parser = size)]
     pub(crate) pool: u64,
@@ -129,6 +133,14 @@ impl Mode {
 }
 
 impl Options {
+    /// What does not go together.
+    pub(crate) fn check(&self) -> Result<(), String> {
+        if self.again && self.restore != RestoreMode::Lazy {
+            return Err(format!("--again goes with --restore lazy, not with --restore {}", self.restore));
+        }
+        self.increments().map(drop)
+    }
+
     /// How many increments follow the first snapshot.
     pub(crate) fn increments(&self) -> Result<u32, String> {
         match (self.mode, self.chain) {

@@ -90,6 +90,21 @@ pub(crate) struct Restore {
     pub(crate) faults: u64,
     /// Pages read before anybody asked.
     pub(crate) prefetched: u64,
+    /// A snapshot of the guest while its pages came in (`--again`).
+    pub(crate) again: Option<Again>,
+}
+
+/// A snapshot of a guest whose pages come in.
+#[derive(Serialize)]
+pub(crate) struct Again {
+    pub(crate) pause_us: u64,
+    pub(crate) total_ms: f64,
+    pub(crate) pages_captured: u64,
+    pub(crate) write_faults: u64,
+    /// How many pages of the restore had come in before the snapshot began.
+    pub(crate) in_before: u64,
+    /// Of the guest restored from it.
+    pub(crate) guest_self_check: SelfCheck,
 }
 
 #[derive(Serialize, Default)]
@@ -147,6 +162,21 @@ impl Outcome {
                 if increment.guest_self_check.ok { "ok" } else { "FAILED" },
             )
         })
+    }
+
+    /// A line for the snapshot of the restored guest.
+    pub(crate) fn again_row(&self) -> Option<String> {
+        let again = self.restore.again.as_ref()?;
+        Some(format!(
+            "     again, {} of {} pages in: {} pages, {} faults, pause {} us, total {:.1} ms; restored, self check {}",
+            again.in_before,
+            self.pages_total,
+            again.pages_captured,
+            again.write_faults,
+            again.pause_us,
+            again.total_ms,
+            if again.guest_self_check.ok { "ok" } else { "FAILED" },
+        ))
     }
 
     pub(crate) fn row(&self, run: u32) -> String {

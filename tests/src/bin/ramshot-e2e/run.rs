@@ -7,12 +7,12 @@ use std::time::{Duration, Instant};
 
 use ramshot::file::PageSource;
 use ramshot::restore::order_path;
-use ramshot::{Chain, DirtyTracking, GuestRam, LazyOptions, Pending, SnapshotFile};
-use ramshot_tests::snapshot_run::RestoreMode;
+use ramshot::{Chain, DirtyTracking, GuestRam, LazyOptions, LazyRestore, Pending, SnapshotFile};
+use ramshot_tests::snapshot_run::{RestoreMode, Running};
 use ramshot_tests::{Accel, Gaps, Guest, GuestConfig, Memory, Workload, new_guest, snapshot_run, verify};
 
 use crate::options::{Arm, Mode, Options};
-use crate::outcome::{GuestRate, Increment, Outcome, Restore, SelfCheck, Stall};
+use crate::outcome::{Again, GuestRate, Increment, Outcome, Restore, SelfCheck, Stall};
 
 /// How long the guest's rate is watched before and after.
 const WATCH: Duration = Duration::from_millis(300);
@@ -233,7 +233,6 @@ impl Giver<'_> {
         let memory = (self.options.mem, self.options.backing);
         let mode = self.options.restore;
         let running = snapshot_run::restore_and_run(self.accel, self.config, memory, chain, (mode, settings))?;
-        let guest = running.guest;
         let mut restore = Restore {
             mode: mode.to_string(),
             first_instruction_us: micros(running.first_instruction),
@@ -242,6 +241,10 @@ impl Giver<'_> {
             all_in_ms: millis(running.call),
             ..Restore::default()
         };
+        if self.options.again {
+            restore.again = Some(self.again(chain, &running, problems)?);
+        }
+        let guest = running.guest;
         let before = guest.writes()?;
         std::thread::sleep(WATCH);
         if self.options.workload != Workload::Idle && guest.writes()? == before {
@@ -258,6 +261,31 @@ impl Giver<'_> {
             }
         }
         Ok((restore, self_check))
+    }
+
+    /// A snapshot of the guest that `chain` is being restored into, and a guest restored from that.
+    fn again(&self, chain: &Chain, running: &Running, problems: &mut Vec<String>) -> Result<Again> {
+        let path = chain.tip().path().with_extension("again.ramshot");
+        let progress = running.lazy.as_ref().map(LazyRestore::progress).unwrap_or_default();
+        let settings = ramshot::Options { replace: true, pool_bytes: self.options.pool, ..ramshot::Options::default() };
+        let (pause, report) = running.snapshot(&path, &settings)?;
+        let memory = (self.options.mem, self.options.backing);
+        let again = Chain::open(&path)?;
+        again.verify(2, &mut |_, _| {})?;
+        let restored = snapshot_run::restore(self.accel, self.config, memory, &again, &[])?;
+        if self.options.out.is_none() {
+            std::fs::remove_file(&path)?;
+        }
+        restored.guest.resume()?;
+        let guest_self_check = self_check(restored.guest.as_ref(), "the guest restored a second time", problems)?;
+        Ok(Again {
+            pause_us: micros(pause),
+            total_ms: millis(report.total),
+            pages_captured: report.counts.released,
+            write_faults: report.counts.faults,
+            in_before: progress.by_fault + progress.prefetched,
+            guest_self_check,
+        })
     }
 }
 

@@ -37,6 +37,8 @@ pub(crate) struct Act {
     pub(crate) kind: Kind,
     /// Restored afterwards, if there is an image: how.
     pub(crate) restore: Option<RestoreMode>,
+    /// A guest that is restored lazily is snapshotted while its pages come in, and restored from that, too.
+    pub(crate) again: bool,
     pub(crate) trouble: Trouble,
 }
 
@@ -152,6 +154,7 @@ impl Act {
                 _ => Kind::Precopy(u32::try_from(dice.between(1, 3)).unwrap_or(1)),
             },
             restore: dice.percent(40).then(|| dice.one_of(modes)),
+            again: dice.percent(50),
             trouble,
         }
     }

@@ -270,10 +270,10 @@ impl<'a> Run<'a> {
         }
         let Some(mode) = act.restore else { return Ok(()) };
         let chain = Arc::new(Chain::open(target)?);
-        match self.restore(mode, &chain, self.backing, t0, tally) {
+        match self.restore((mode, act.again), &chain, self.backing, t0, tally) {
             // The pool of huge pages may be exhausted: the first guest has them.
             Err(error) if error.downcast_ref::<MemoryError>().is_some() => {
-                self.restore(mode, &chain, Backing::Anon, t0, tally)
+                self.restore((mode, act.again), &chain, Backing::Anon, t0, tally)
             }
             other => other,
         }
@@ -281,7 +281,7 @@ impl<'a> Run<'a> {
 
     fn restore(
         &self,
-        mode: RestoreMode,
+        (mode, again): (RestoreMode, bool),
         chain: &Arc<Chain>,
         backing: Backing,
         t0: &[Vec<u8>],
@@ -299,6 +299,19 @@ impl<'a> Run<'a> {
         } else {
             let how = (mode, &LazyOptions::default());
             let running = snapshot_run::restore_and_run(accel, config, memory, chain, how)?;
+            if again && running.lazy.is_some() {
+                let path = self.target.with_extension("again");
+                running.snapshot(&path, &Options { replace: true, ..Options::default() })?;
+                let again = Chain::open(&path)?;
+                again.verify(2, &mut |_, _| {})?;
+                let anon = (self.plan.size, Backing::Anon);
+                let restored = snapshot_run::restore(accel, config, anon, &again, &[])?;
+                fs::remove_file(&path)?;
+                restored.guest.resume()?;
+                let who = "the guest restored a second time";
+                snapshot_run::self_check(restored.guest.as_ref(), who, PATIENCE, &mut tally.problems)?;
+                tally.snapshots_while_lazy += 1;
+            }
             (running.guest, running.lazy)
         };
         if let Err(why) = every_vcpu_writes(guest.as_ref(), config.workload, PATIENCE) {

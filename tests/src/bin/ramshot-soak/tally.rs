@@ -24,6 +24,8 @@ pub(crate) struct Tally {
     /// Of those: mapped, lazy.
     pub(crate) restores_mapped: u64,
     pub(crate) restores_lazy: u64,
+    /// Snapshots of guests whose pages were still coming in, each restored and checked by its guest.
+    pub(crate) snapshots_while_lazy: u64,
     /// Of the snapshots: increments, each verified together with what it builds on; pre-copies.
     pub(crate) increments: u64,
     pub(crate) precopies: u64,
@@ -61,7 +63,7 @@ impl Tally {
     pub(crate) fn summary(&self) -> String {
         format!(
             "{}: {} snapshots ({} increments, {} pre-copies) in {} runs, {} pages verified, {} write faults, {} mismatches, {} stuck vCPUs, {} cancels, \
-             {} injected errors, {} full pools, {} restores ({} mapped, {} lazy), worst stall {:.1} ms, {} s, seed {}",
+             {} injected errors, {} full pools, {} restores ({} mapped, {} lazy, {} snapshotted meanwhile), worst stall {:.1} ms, {} s, seed {}",
             if self.is_ok() { "ok" } else { "FAILED" },
             self.snapshots,
             self.increments,
@@ -77,6 +79,7 @@ impl Tally {
             self.restores,
             self.restores_mapped,
             self.restores_lazy,
+            self.snapshots_while_lazy,
             Duration::from_micros(self.stall_us_max).as_secs_f64() * 1e3,
             self.seconds,
             self.seed,
