@@ -4,6 +4,7 @@
 mod ahead;
 mod blocks;
 mod defect;
+mod during;
 mod explore;
 mod fill;
 mod order;
