@@ -31,6 +31,7 @@
 //! - [`SnapshotFile`]: reading, verifying and restoring a snapshot. Works on every platform.
 //! - [`Chain`]: an increment with all it builds on, restored in the same ways. [`flatten`], [`rebase`]: chains made shorter.
 //! - [`lazy`], [`LazyRestore`]: the VM runs at once, its pages come in as it touches them.
+//! - [`seccomp`]: what a filter must allow, for VMMs that have one.
 //! - [`prepare_with`], [`ImageSink`], [`core`]: the parts, for a memory or a target of your own.
 //! - [`sim`]: a simulated VM with a kernel that has bad days, for tests.
 #![forbid(unsafe_code)]
@@ -52,7 +53,7 @@ pub use file::{Chain, SnapshotFile, flatten, rebase};
 pub use options::{OptionError, Options};
 pub use os::{
     AnonymousRam, Filler, FillerOptions, GuestRam, KvmDirtyLog, KvmSlot, MapTarget, Missing, Probe, RamError, Region,
-    RegionFile, TrackError, Tracker, TrackerOptions, compatible, probe,
+    RegionFile, TrackError, Tracker, TrackerOptions, compatible, probe, seccomp,
 };
 pub use prepare::{PrepareError, prepare, prepare_increment};
 pub use ramshot_core as core;

@@ -8,6 +8,7 @@
 //! - [`probe`], [`compatible`]: what this system offers and whether each block can be tracked, asked beforehand.
 //! - [`storage`]: file access at offsets.
 //! - [`MapTarget`]: memory that becomes a mapping of a file.
+//! - [`seccomp`]: what a filter must allow.
 //!
 //! All unsafe code of the project's library part stands in this crate: in `uffd` (ioctls), `mapped` (mmap), `ram` and
 //! `anonymous` (guest memory by pointer), `filler`, `populated` (PAGEMAP_SCAN), `event` (descriptors in messages), `storage`
@@ -64,6 +65,7 @@ mod probe;
 mod ram;
 mod register;
 mod relay;
+pub mod seccomp;
 pub mod storage;
 mod storm;
 mod tracker;

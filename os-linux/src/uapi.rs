@@ -229,6 +229,23 @@ nix::ioctl_readwrite!(ioctl_poison, UFFDIO, NR_POISON, UffdioPoison);
 nix::ioctl_readwrite!(ioctl_pagemap_scan, b'f', 16, PmScanArg);
 nix::ioctl_write_ptr!(ioctl_get_dirty_log, 0xAE, 0x42, KvmDirtyLogArg);
 
+/// The numbers of the ioctls of a snapshot as a seccomp filter sees them: 32 bits.
+#[allow(clippy::cast_possible_truncation, clippy::cast_sign_loss)] // They have 32 bits; musl's type for them is signed.
+pub(crate) mod request {
+    use super::*;
+
+    pub(crate) const USERFAULTFD_IOC_NEW: u32 = super::USERFAULTFD_IOC_NEW as u32;
+    pub(crate) const UFFDIO_API: u32 = request_code_readwrite!(UFFDIO, NR_API, size_of::<UffdioApi>()) as u32;
+    pub(crate) const UFFDIO_REGISTER: u32 =
+        request_code_readwrite!(UFFDIO, NR_REGISTER, size_of::<UffdioRegister>()) as u32;
+    pub(crate) const UFFDIO_UNREGISTER: u32 = super::UFFDIO_UNREGISTER as u32;
+    pub(crate) const UFFDIO_WAKE: u32 = super::UFFDIO_WAKE as u32;
+    pub(crate) const UFFDIO_WRITEPROTECT: u32 =
+        request_code_readwrite!(UFFDIO, NR_WRITEPROTECT, size_of::<UffdioWriteprotect>()) as u32;
+    pub(crate) const PAGEMAP_SCAN: u32 = request_code_readwrite!(b'f', 16, size_of::<PmScanArg>()) as u32;
+    pub(crate) const KVM_GET_DIRTY_LOG: u32 = request_code_write!(0xAE, 0x42, size_of::<KvmDirtyLogArg>()) as u32;
+}
+
 const _: () = {
     assert!(size_of::<UffdioApi>() == 24);
     assert!(size_of::<UffdioRange>() == 16);

@@ -32,6 +32,7 @@ mod mapped;
 pub mod priority;
 mod probe;
 mod ram;
+pub mod seccomp;
 pub mod storage;
 mod tracker;
 

@@ -9,6 +9,8 @@ mod shared;
 mod tests;
 #[cfg(test)]
 mod tests_dirty;
+#[cfg(all(test, not(ramshot_shuttle)))]
+mod tests_done;
 #[cfg(all(test, ramshot_shuttle))]
 mod tests_shuttle;
 #[cfg(test)]
@@ -186,6 +188,8 @@ fn prepare_sized(parts: Parts, options: &Options, slots: u16, limits: Limits) ->
     for _ in 0..options.writers {
         running.spawn("ramshot-write", threads::write)?;
     }
+    // A seccomp filter may come next, and a thread sets its priority before it does anything else.
+    shared.wait_until_ready(running.threads.len());
     log::debug!(target: "ramshot::snapshot", "prepared: {slots} slots of {} pages", limits.slot_pages);
     Ok(Prepared { running, slot_words, slots, limits, increment, drafts: Drafts::default() })
 }
@@ -362,6 +366,11 @@ impl Live {
         self.handle().before_discard(range)
     }
 
+    /// See [`Handle::when_done`].
+    pub fn when_done(&self, call: impl FnOnce() + Send + 'static) {
+        self.handle().when_done(call);
+    }
+
     /// Waits until every page is captured and written, and commits the image.
     ///
     /// # Errors
@@ -445,6 +454,16 @@ impl Handle {
         if !state.is_written() {
             self.shared.end_locked(&mut state, Cause::Cancelled);
         }
+    }
+
+    /// Has `call` called once, as soon as [`Live::finish`] has nothing to wait for but the commit: every page is written, or
+    /// the snapshot has ended without an image. So a VMM with an event loop need not spend a thread on waiting: `call`
+    /// writes to its eventfd (or wakes its task), and the loop calls `finish`.
+    ///
+    /// It is called on a thread of the engine, or here if it is too late for that; it must not wait, and must neither finish
+    /// nor drop the [`Live`]. May be called more than once: all are called.
+    pub fn when_done(&self, call: impl FnOnce() + Send + 'static) {
+        self.shared.when_done(Box::new(call));
     }
 
     /// To be called before the VMM discards guest RAM (balloon, virtio-mem): captures what is pending of `range` and

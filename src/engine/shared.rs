@@ -35,6 +35,12 @@ pub(crate) enum Phase {
     Live,
 }
 
+/// What a VMM wants called when a snapshot is done.
+pub(crate) type DoneCall = Box<dyn FnOnce() + Send>;
+
+/// More than any VMM registers; beyond it, the list grows.
+const DONE_CALLS: usize = 8;
+
 pub(crate) struct State {
     pub(crate) phase: Phase,
     /// There until `Phase::Arming`.
@@ -61,6 +67,10 @@ pub(crate) struct State {
     pub(crate) faults_starve: bool,
     /// Zero pages have to be said: what is not given is not zero in this image.
     pub(crate) give_zeros: bool,
+    /// Threads that have set themselves up and make ordinary system calls only from here on.
+    pub(crate) ready: usize,
+    /// To be called by a writer, outside the lock, as soon as `finish` has nothing to wait for but the commit.
+    when_done: Vec<DoneCall>,
     /// An end that came before core was there.
     early_cause: Option<Cause>,
     end_announced: bool,
@@ -86,6 +96,16 @@ impl State {
 
     pub(crate) fn is_written(&self) -> bool {
         self.core.as_ref().is_some_and(Core::is_written)
+    }
+
+    /// Whether `finish` has nothing to wait for but the commit, or nothing at all.
+    pub(crate) fn is_done(&self) -> bool {
+        self.is_written() || self.cause().is_some()
+    }
+
+    /// What is to be called now.
+    pub(crate) fn take_done_calls(&mut self) -> Vec<DoneCall> {
+        if self.when_done.is_empty() || !self.is_done() { Vec::new() } else { std::mem::take(&mut self.when_done) }
     }
 
     /// T0: `core` decides from now on.
@@ -156,6 +176,8 @@ impl Shared {
             early_losses: Vec::new(),
             faults_starve: false,
             give_zeros: false,
+            ready: 0,
+            when_done: Vec::with_capacity(DONE_CALLS),
             early_cause: None,
             end_announced: false,
             workers_waiting: 0,
@@ -215,7 +237,32 @@ impl Shared {
         self.tracker.interrupt();
     }
 
+    /// A thread has set itself up.
+    pub(crate) fn ready(&self) {
+        self.lock().ready += 1;
+        self.done.notify_all();
+    }
+
+    /// Waits until `threads` have set themselves up.
+    pub(crate) fn wait_until_ready(&self, threads: usize) {
+        let mut state = self.lock();
+        while state.ready < threads {
+            state = self.wait_for_end(state);
+        }
+    }
+
     // ---- the end
+
+    /// Has a writer call `call` as soon as the snapshot is done; calls it here if that is the case already.
+    pub(crate) fn when_done(&self, call: DoneCall) {
+        let mut state = self.lock();
+        if state.is_done() {
+            drop(state);
+            call();
+        } else {
+            state.when_done.push(call);
+        }
+    }
 
     /// Ends the snapshot without an image, unless it has ended already.
     pub(crate) fn end(&self, cause: Cause) {
@@ -423,6 +470,9 @@ impl Shared {
         self.work_changed(state);
         if state.is_written() {
             self.done.notify_all();
+            if !state.when_done.is_empty() {
+                self.jobs.notify_all();
+            }
         }
     }
 

@@ -1,5 +1,6 @@
 //! The threads: one that serves faults, workers that scan, writers. All are created in `prepare`.
 
+use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::time::{Duration, Instant};
 
 use heapless::Vec as Array;
@@ -25,6 +26,7 @@ const RETRY_MS: u32 = 1;
 /// snapshot has ended, and disarms on its way out, however it leaves.
 pub(crate) fn serve_faults(shared: &Shared) {
     run_at_once();
+    shared.ready();
     let room = 1024;
     let mut server = FaultServer {
         shared,
@@ -224,6 +226,7 @@ enum Served {
 pub(crate) fn scan(shared: &Shared) {
     // A vCPU that waits for a run in its hands is not on a core meanwhile.
     run_behind();
+    shared.ready();
     let mut state = shared.lock();
     while !state.stop {
         if let Some(mut job) = state.undigested.pop_front() {
@@ -250,6 +253,7 @@ pub(crate) fn scan(shared: &Shared) {
 /// A writer: hands what is digested to the sink, several runs at a time.
 pub(crate) fn write(shared: &Shared, sink: &Arc<Box<dyn ImageSink>>) {
     run_behind();
+    shared.ready();
     let mut batch: Array<Job, 64> = Array::new();
     let mut state = shared.lock();
     loop {
@@ -261,6 +265,18 @@ pub(crate) fn write(shared: &Shared, sink: &Arc<Box<dyn ImageSink>>) {
             let _ = batch.push(job);
         }
         if batch.is_empty() {
+            let calls = state.take_done_calls();
+            if !calls.is_empty() {
+                drop(state);
+                for call in calls {
+                    // The snapshot's end has come: a panic changes nothing about it.
+                    if catch_unwind(AssertUnwindSafe(call)).is_err() {
+                        log::error!(target: "ramshot::snapshot", "what was to be called when the snapshot is done panicked");
+                    }
+                }
+                state = shared.lock();
+                continue;
+            }
             if state.stop {
                 return;
             }
