@@ -107,6 +107,7 @@ pub const PREPARE: &[Rule] = &[
     rule!(userfaultfd, SYS_userfaultfd, "a userfaultfd, where there is no such device"),
     Rule::ioctl(uapi::request::UFFDIO_API, "UFFDIO_API: which features there are, and which are used"),
     rule!(eventfd2, SYS_eventfd2, "interrupts"),
+    rule!(memfd_create, SYS_memfd_create, "which device the kernel keeps shared memory on"),
     #[cfg(target_arch = "x86_64")]
     rule!(readlink, SYS_readlink, "the name of the image (through a link)"),
     rule!(readlinkat, SYS_readlinkat, "the name of the image (through a link)"),
@@ -117,6 +118,7 @@ pub const PREPARE: &[Rule] = &[
     rule!(set_robust_list, SYS_set_robust_list, "a thread's beginning"),
     rule!(rseq, SYS_rseq, "a thread's beginning"),
     rule!(prctl, SYS_prctl, "a thread's name; names of the allocator's memory"),
+    rule!(getpid, SYS_getpid, "the id of the snapshot"),
     rule!(gettid, SYS_gettid, "a thread's beginning"),
     rule!(sched_getaffinity, SYS_sched_getaffinity, "a thread's beginning (its stack)"),
     rule!(sched_setscheduler, SYS_sched_setscheduler, "the fault thread runs as soon as it is woken"),

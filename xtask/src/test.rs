@@ -19,6 +19,7 @@ pub(crate) fn run() -> Outcome {
         cmd!(shell, "cargo test --workspace --all-targets --quiet").run()?;
         Ok(cmd!(shell, "cargo test --workspace --doc --quiet").run()?)
     })?;
+    step("examples", || examples(&shell))?;
     step("threads under a systematic scheduler", || shuttle(&shell))?;
     step("tests with all features of the Linux shim", || shim_features(&shell, features))?;
     step("what fuzzing found before", || fuzz::replay(&shell))?;
@@ -59,6 +60,14 @@ fn lints(shell: &Shell, features: bool) -> Outcome {
 fn shim_features(shell: &Shell, userfaultfd: bool) -> Outcome {
     let features = if userfaultfd { "vm-memory,userfaultfd" } else { "vm-memory" };
     Ok(cmd!(shell, "cargo test --package ramshot-linux --features {features} --quiet").run()?)
+}
+
+/// Every example runs to its end.
+fn examples(shell: &Shell) -> Outcome {
+    for name in ["embed", "tokio"] {
+        cmd!(shell, "cargo run --quiet --features vm-memory --example {name}").run()?;
+    }
+    Ok(())
 }
 
 /// The engine's threads, with the kernel simulated, under shuttle. Release: the scheduler runs thousands of schedules.
