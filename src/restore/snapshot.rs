@@ -75,7 +75,7 @@ impl LazyRestore {
         Ok(prepare_with(parts, options)?)
     }
 
-    /// For [`prepare_with`](crate::prepare_with): a tracker and a source of guest RAM that know which pages are still to come in,
+    /// For [`prepare_with`]: a tracker and a source of guest RAM that know which pages are still to come in,
     /// around yours. The tracker must share the context of the restore ([`Filler::track`](crate::Filler::track)).
     #[must_use]
     pub fn seams(

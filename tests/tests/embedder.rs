@@ -26,7 +26,7 @@ fn a_live_snapshot_under_exactly_this_filter_is_memory_at_t0() {
         file.verify(2, &mut |_, _| {}).unwrap();
         let names: Vec<_> = file.blocks().iter().map(|block| (block.guest.0, block.used)).collect();
         assert_eq!(names, [(0, 48 << 20), (4 << 30, 16 << 20)]);
-        assert_eq!(file.pages() as usize * 4096, t0.len());
+        assert_eq!(file.ram_bytes(), t0.len() as u64);
         let mut bytes = [0; 4096];
         for (page, expected) in (0..).zip(t0.chunks(4096)) {
             file.read_page(PageId(page), &mut bytes).unwrap();

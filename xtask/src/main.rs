@@ -1,6 +1,7 @@
 //! The tasks of this repository. `cargo xtask` lists them.
 
 mod bench;
+mod ci;
 mod cross;
 mod e2e;
 mod fuzz;
@@ -18,6 +19,8 @@ type Outcome = Result<(), Box<dyn std::error::Error>>;
 const HELP: &str = "\
 cargo xtask e2e [OPTIONS]    live snapshot of a running guest, verified byte for byte, restored (--help: options)
 cargo xtask test             format, lints, all tests, cross builds, a small e2e matrix: what CI runs
+cargo xtask ci               the same, and what a release needs besides: dependencies, API, packages
+cargo xtask release          what a release needs besides, alone
 cargo xtask bench [OPTIONS]  the figures, beside floors measured in the same run (--help: options)
 cargo xtask soak [OPTIONS]   guests of random configurations, snapshotted live for --minutes N, each image verified
 cargo xtask image [FILE]     builds the guest image and says where it is, or copies it to FILE
@@ -34,6 +37,8 @@ fn main() -> ExitCode {
     let outcome = match task.as_str() {
         "e2e" => e2e::run(&rest),
         "test" => test::run(),
+        "ci" => ci::run(),
+        "release" => ci::release(),
         "bench" => bench::run(&rest),
         "image" => image::run(rest.first().map(String::as_str)),
         "soak" => soak::run(&rest),

@@ -29,7 +29,7 @@ pub(crate) fn run() -> Outcome {
     step("end to end", matrix)
 }
 
-fn step(name: &str, body: impl FnOnce() -> Outcome) -> Outcome {
+pub(crate) fn step(name: &str, body: impl FnOnce() -> Outcome) -> Outcome {
     println!("\n==== {name}");
     let start = Instant::now();
     body().map_err(|error| format!("{name}: {error}"))?;
