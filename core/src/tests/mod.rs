@@ -4,6 +4,7 @@
 mod ahead;
 mod blocks;
 mod defect;
+mod dirty;
 mod during;
 mod explore;
 mod fill;
