@@ -7,7 +7,11 @@ use crate::{Outcome, setup};
 pub(crate) fn run(args: &[String]) -> Outcome {
     let shell = setup::shell()?;
     setup::c_compiler(&shell)?;
-    cmd!(shell, "cargo build --quiet --release --package ramshot-tests --bin ramshot-bench").quiet().run()?;
-    let status = std::process::Command::new(setup::built("ramshot-bench")).args(args).status()?;
+    let (program, args) = match args {
+        [first, rest @ ..] if first == "restore" => ("ramshot-bench-restore", rest),
+        all => ("ramshot-bench", all),
+    };
+    cmd!(shell, "cargo build --quiet --release --package ramshot-tests --bin {program}").quiet().run()?;
+    let status = std::process::Command::new(setup::built(program)).args(args).status()?;
     if status.success() { Ok(()) } else { Err(format!("failed ({status})").into()) }
 }

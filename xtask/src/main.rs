@@ -22,6 +22,7 @@ cargo xtask test             format, lints, all tests, cross builds, a small e2e
 cargo xtask ci               the same, and what a release needs besides: dependencies, API, packages
 cargo xtask release          what a release needs besides, alone
 cargo xtask bench [OPTIONS]  the figures, beside floors measured in the same run (--help: options)
+cargo xtask bench restore    restores and increments, beside their floors (--help: options)
 cargo xtask soak [OPTIONS]   guests of random configurations, snapshotted live for --minutes N, each image verified
 cargo xtask image [FILE]     builds the guest image and says where it is, or copies it to FILE
 cargo xtask cross            the cross builds alone

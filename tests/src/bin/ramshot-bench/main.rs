@@ -101,7 +101,7 @@ fn guest(options: &Options, boot: &Boot) -> Result<Vec<CaseResult>> {
     if there < needed {
         return Err(format!("needs {} MiB of memory, there are {}", needed >> 20, there >> 20).into());
     }
-    let ours = OurGuest::boot(boot, !options.arm_inside)?;
+    let ours = OurGuest::boot(boot, !options.arm_inside, options.precopy)?;
     let khz = ours.stats()?.khz();
     let of_guest =
         floors::of_guest(&ours, boot.working_set, matches!(boot.load, Load::Seq | Load::Random), FLOOR_RUNS)?;

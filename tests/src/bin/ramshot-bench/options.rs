@@ -63,6 +63,9 @@ pub(crate) struct Options {
     /// Protect all memory inside the pause, none of it ahead.
     #[arg(long)]
     pub(crate) arm_inside: bool,
+    /// Copy everything ahead of the pause (pre-copy), and protect only what was written meanwhile.
+    #[arg(long, conflicts_with = "arm_inside")]
+    pub(crate) precopy: bool,
     /// Scan workers, instead of the library's default.
     #[arg(long)]
     pub(crate) workers: Option<usize>,

@@ -6,7 +6,7 @@ use std::path::Path;
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
-use ramshot::{GuestRam, Pending};
+use ramshot::{DirtyTracking, GuestRam, Pending};
 use ramshot_tests::{Accel, Backing, Guest, Memory, new_guest};
 
 use crate::case::Boot;
@@ -20,6 +20,8 @@ use crate::stats::{Gaps, History, Result, SHORT_US, STALL_US, Stats};
 pub(crate) const WATCH: Duration = Duration::from_millis(600);
 /// Lost work is counted until so long after the image is complete.
 pub(crate) const TAIL: Duration = Duration::from_millis(100);
+/// Most drafts of a pre-copy.
+const PASSES: u32 = 3;
 /// Bytes of a pool slot, where host pages are of 4 KiB.
 const SLOT: u64 = 64 << 10;
 
@@ -44,17 +46,24 @@ pub(crate) struct OurGuest {
     thp: bool,
     idle: bool,
     arm_ahead: bool,
+    /// For pre-copy.
+    dirty: Option<Arc<DirtyTracking>>,
 }
 
 impl OurGuest {
-    /// Boots it; its snapshots protect memory ahead of the pause if `arm_ahead`.
-    pub(crate) fn boot(boot: &Boot, arm_ahead: bool) -> Result<Self> {
+    /// Boots it; its snapshots protect memory ahead of the pause if `arm_ahead`, or are made by pre-copy.
+    pub(crate) fn boot(boot: &Boot, arm_ahead: bool, precopy: bool) -> Result<Self> {
         let memory = Memory::new(boot.mem, boot.backing)?;
         let ranges = memory.regions().iter().map(|region| region.host..region.host + region.len).collect();
         let guest = new_guest(Accel::Kvm, memory, boot.config())?;
         guest.start()?;
         let ram = Arc::new(GuestRam::from_guest_memory(Arc::clone(guest.memory().guest()))?);
-        Ok(Self { guest, ram, ranges, thp: boot.backing == Backing::Thp, idle: boot.load == Load::Idle, arm_ahead })
+        let dirty = match precopy {
+            true => Some(DirtyTracking::start(ram.table(), guest.dirty_logs()?)?),
+            false => None,
+        };
+        let (thp, idle) = (boot.backing == Backing::Thp, boot.load == Load::Idle);
+        Ok(Self { guest, ram, ranges, thp, idle, arm_ahead, dirty })
     }
 
     pub(crate) fn stats(&self) -> Result<Stats<'_>> {
@@ -87,8 +96,11 @@ impl OurGuest {
         let memory = MemoryMeter::start()?;
         let cpu = CpuMeter::start()?;
         let (preparing, at_start) = (Instant::now(), stats.counters()?);
-        let prepared = ramshot::prepare(&self.ram, path, options)?;
+        let options = ramshot::Options { dirty: self.dirty.clone(), ..options.clone() };
+        let prepared = ramshot::prepare(&self.ram, path, &options)?;
+        let prepared = if self.dirty.is_some() { prepared.precopy(PASSES)? } else { prepared };
         let prepared = if self.arm_ahead { prepared.arm_ahead()? } else { prepared };
+        let pending = if self.dirty.is_some() { Pending::Dirty } else { Pending::All };
         let prepare = preparing.elapsed();
 
         let stopping = Instant::now();
@@ -101,7 +113,7 @@ impl OurGuest {
         stats.cut_history()?;
         let at_t0 = stats.counters()?;
         let beginning = Instant::now();
-        let begun = guest.save_state().map(|state| prepared.begin(Pending::All, state));
+        let begun = guest.save_state().map(|state| prepared.begin(pending, state));
         guest.resume()?;
         let pause = stopped + beginning.elapsed();
 
