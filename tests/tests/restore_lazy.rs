@@ -154,7 +154,10 @@ fn what_is_touched_comes_in_and_so_does_the_rest() {
     for backing in [Backing::Anon, Backing::Thp, Backing::Memfd] {
         let (memory, ram) = memory(backing);
         let source = Arc::new(Fake::new(&ram));
-        let restore = lazy(source, &ram, &LazyOptions::default()).unwrap();
+        // The prefetcher waits, or it would be through before the first touch.
+        *source.hold.0.lock().unwrap() = Some(16);
+        let options = LazyOptions { around_max: 64 << 10, ..LazyOptions::default() };
+        let restore = lazy(Arc::clone(&source) as Arc<dyn PageSource>, &ram, &options).unwrap();
         std::thread::scope(|scope| {
             for seed in 0..3u64 {
                 let memory = &memory;
@@ -166,6 +169,8 @@ fn what_is_touched_comes_in_and_so_does_the_rest() {
                 });
             }
         });
+        *source.hold.0.lock().unwrap() = None;
+        source.hold.1.notify_all();
         let report = restore.finish().unwrap();
         assert!(report.progress.complete && report.progress.faults > 0 && report.progress.lost == 0, "{report:?}");
         assert_eq!(report.progress.data_pages, (0..PAGES).filter(|&page| content(page) != 0).count() as u64);
