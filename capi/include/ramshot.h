@@ -377,12 +377,13 @@ int ramshot_file_verify(const struct ramshot_file *file,
                         ramshot_verify_progress progress,
                         void *opaque);
 
-// Fills `ram` from a full snapshot, on `threads` threads (1 to 256; 0 is taken for 1), reading straight into it and checking
+// Fills `ram` from a snapshot, on `threads` threads (1 to 256; 0 is taken for 1), reading straight into it and checking
 // every page there. The regions must be those of the snapshot by name, guest address and length in use. They must be
-// fresh: zero pages are not written. No vCPU may run yet. `report` may be NULL; `size` is sizeof *report.
+// fresh: zero pages are not written. No vCPU may run yet. `report` may be NULL; `size` is sizeof *report. The parents of an
+// increment are looked for beside it, by id and checksum.
 //
-// Returns 0; -EINVAL (another RAM layout) or -ENODATA (an increment: merge it with what is below by `ramshot flatten`), and
-// nothing was touched; -EBADMSG (damaged), -EACCES (a region is not writable) or the system's error, and what is in the
+// Returns 0; -EINVAL (another RAM layout), -ENODATA (a parent is not there) or -ESTALE (another file has taken this one's
+// place, or a parent's), and nothing was touched; -EBADMSG (damaged), -EACCES (a region is not writable) or the system's error, and what is in the
 // regions is undefined.
 int ramshot_file_restore(const struct ramshot_file *file,
                          const struct ramshot_ram *ram,

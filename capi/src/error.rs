@@ -8,7 +8,7 @@ use std::io;
 use std::panic::{AssertUnwindSafe, catch_unwind};
 
 use ramshot::core::{OsError, SetupError};
-use ramshot::file::{CreateError, OpenError, OpenErrorKind, ReadError, ReadErrorKind, RestoreError};
+use ramshot::file::{ChainError, CreateError, OpenError, OpenErrorKind, ReadError, ReadErrorKind, RestoreError};
 use ramshot::{Cause, DirtyError, Missing, PrepareError, RamError, SetupFailed, SnapshotFailed, TrackError};
 
 thread_local! {
@@ -203,6 +203,14 @@ from! {
     };
     DirtyError: |error| dirty(&error);
     OpenError: |error| open(&error.kind);
+    ChainError: |error| match &error {
+        ChainError::Open(error) | ChainError::Parent { source: error, .. } => open(&error.kind),
+        ChainError::Missing { .. } => libc::ENODATA,
+        ChainError::Modified { .. } => libc::ESTALE,
+        ChainError::Directory { source, .. } => io(source),
+        ChainError::TooDeep { .. } => libc::EINVAL,
+        ChainError::Cycle { .. } | ChainError::Layout { .. } => libc::EBADMSG,
+    };
     ReadError: |error| read(&error.kind);
     RestoreError: |error| match &error {
         RestoreError::NeedsParent { .. } | RestoreError::Incomplete { .. } => libc::ENODATA,

@@ -3,9 +3,9 @@
 use std::ffi::{c_char, c_int, c_void};
 use std::ptr;
 
-use ramshot::SnapshotFile;
 use ramshot::core::{MAX_NAME, PageId, Treatment};
 use ramshot::file::{FileBlock, PageState};
+use ramshot::{Chain, SnapshotFile};
 
 use crate::error::{Error, guard};
 use crate::pass::{self, Out, Plain};
@@ -230,12 +230,13 @@ pub unsafe extern "C" fn ramshot_file_verify(
     })
 }
 
-/// Fills `ram` from a full snapshot, on `threads` threads (1 to 256; 0 is taken for 1), reading straight into it and checking
+/// Fills `ram` from a snapshot, on `threads` threads (1 to 256; 0 is taken for 1), reading straight into it and checking
 /// every page there. The regions must be those of the snapshot by name, guest address and length in use. They must be
-/// fresh: zero pages are not written. No vCPU may run yet. `report` may be NULL; `size` is sizeof *report.
+/// fresh: zero pages are not written. No vCPU may run yet. `report` may be NULL; `size` is sizeof *report. The parents of an
+/// increment are looked for beside it, by id and checksum.
 ///
-/// Returns 0; -EINVAL (another RAM layout) or -ENODATA (an increment: merge it with what is below by `ramshot flatten`), and
-/// nothing was touched; -EBADMSG (damaged), -EACCES (a region is not writable) or the system's error, and what is in the
+/// Returns 0; -EINVAL (another RAM layout), -ENODATA (a parent is not there) or -ESTALE (another file has taken this one's
+/// place, or a parent's), and nothing was touched; -EBADMSG (damaged), -EACCES (a region is not writable) or the system's error, and what is in the
 /// regions is undefined.
 #[unsafe(no_mangle)]
 pub unsafe extern "C" fn ramshot_file_restore(
@@ -253,7 +254,18 @@ pub unsafe extern "C" fn ramshot_file_restore(
         if !report.is_null() {
             pass::check_size(size, "report")?;
         }
-        let done = file.restore_into(ram.table(), &**ram, count(threads)?)?;
+        let threads = count(threads)?;
+        let done = match file.parent() {
+            None => file.restore_into(ram.table(), &**ram, threads)?,
+            Some(_) => {
+                let chain = Chain::open(file.path())?;
+                if chain.tip().as_parent() != file.as_parent() {
+                    let what = format!("{:?} is another snapshot than when it was opened: open it again", file.path());
+                    return Err(Error::new(libc::ESTALE, what));
+                }
+                chain.restore_into(ram.table(), &**ram, threads)?
+            }
+        };
         let done = RestoreReport { data_pages: done.data_pages, zero_pages: done.zero_pages };
         // SAFETY: the caller's promise.
         unsafe { pass::write(report, size, done) };

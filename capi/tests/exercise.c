@@ -7,6 +7,7 @@
 #include <stdlib.h>
 #include <string.h>
 #include <sys/mman.h>
+#include <sys/stat.h>
 #include <unistd.h>
 
 #include <ramshot.h>
@@ -333,7 +334,24 @@ static void files(char *memory, char *expected)
     char *fresh = map();
     struct ramshot_ram *target = describe(fresh, "main"), *stranger = describe(memory, "stranger");
     FAILS(EINVAL, "does not fit", ramshot_file_restore(file, stranger, 1, NULL, 0));
-    FAILS(ENODATA, "increment", ramshot_file_restore(child, target, 1, NULL, 0));
+    /* An increment without its parent, and with it. */
+    char moved[4200];
+    snprintf(moved, sizeof moved, "%s/elsewhere", folder);
+    EXPECT(mkdir(moved, 0700) == 0);
+    snprintf(moved, sizeof moved, "%s/elsewhere/full", folder);
+    EXPECT(rename(full, moved) == 0);
+    FAILS(ENODATA, "not found", ramshot_file_restore(child, target, 1, NULL, 0));
+    EXPECT(rename(moved, full) == 0);
+    char *whole = map();
+    struct ramshot_ram *both = describe(whole, "main");
+    EXPECT(ramshot_file_restore(child, both, 1, NULL, 0) == 0);
+    for (uint64_t n = 0; n < PAGES; n++) {
+        EXPECT(ramshot_file_read_page(child, n, page, &state) == 0);
+        const char *is = state == RAMSHOT_PAGE_IN_PARENT ? expected + n * 4096 : page;
+        EXPECT(memcmp(whole + n * 4096, is, 4096) == 0);
+    }
+    ramshot_ram_free(both);
+    munmap(whole, MEM);
     FAILS(EINVAL, "ram is NULL", ramshot_file_restore(file, NULL, 1, NULL, 0));
     EXPECT(ramshot_file_restore(file, target, 2, &report, sizeof report) == 0);
     EXPECT(report.data_pages == PAGES / 2 && report.zero_pages == PAGES / 2);
