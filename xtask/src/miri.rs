@@ -1,6 +1,6 @@
 //! `cargo xtask miri`: the interpreter that finds undefined behaviour, over the core and the file code.
 //!
-//! It is a thousand times slower than the machine, so what tries very many cases is left out: the exhaustive exploration
+//! It is a thousand times slower than the machine, so what tries very many cases is left out: the exhaustive explorations
 //! and the property tests of the core, and of the file code what needs files.
 
 use xshell::{Shell, cmd};
@@ -8,7 +8,8 @@ use xshell::{Shell, cmd};
 use crate::{Outcome, setup};
 
 /// Tests of the core that are left out, by a part of their name.
-const CORE_LEFT_OUT: [&str; 4] = ["explore::", "properties::", "random::", "behaves_like_a_vector_of_bools"];
+const CORE_LEFT_OUT: [&str; 6] =
+    ["explore::", "tests::during::", "tests::dirty::", "properties::", "random::", "behaves_like_a_vector_of_bools"];
 
 /// Tests of the file code that are run: those that read from memory. Writing ends in system calls, about which Miri knows
 /// little, and takes it minutes.
