@@ -9,7 +9,7 @@ use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::{Duration, Instant};
 
 use common::{Doing, LONG, Memory, PAGE, Reader, SOON, events, is_registered, release, writer};
-use nix::sys::mman::{MRemapFlags, MapFlags, MmapAdvise, ProtFlags, mmap_anonymous, mremap, munmap};
+use nix::sys::mman::{MRemapFlags, MapFlags, MmapAdvise, ProtFlags, mmap_anonymous, mremap};
 use ramshot_core::{Done, Event, WriteTracker};
 use ramshot_linux::{Tracker, TrackerOptions};
 
@@ -151,25 +151,6 @@ fn disarming_in_a_storm_without_a_reader_ends() {
     assert!(!is_registered(memory.address(0), "uw"));
     stop.store(true, Ordering::Release);
     storms.into_iter().for_each(Doing::finish);
-}
-
-#[test]
-fn unmapping_a_block_is_reported_and_disarming_copes() {
-    let memory = Memory::anonymous(4 * PAGE);
-    memory.write(0, 1);
-    let tracker = memory.tracker();
-    tracker.protect(memory.range(0, PAGE)).unwrap();
-    let (start, range) = (memory.start.addr(), memory.range(0, 4 * PAGE));
-    std::mem::forget(memory);
-    let unmap = Doing::start(move || {
-        // SAFETY: the mapping of this test, which nobody touches any more.
-        unsafe { munmap(std::ptr::NonNull::with_exposed_provenance(start), 4 * PAGE) }
-    });
-    unmap.assert_blocked();
-    assert_eq!(events(&tracker, LONG), [Event::Unmapped(range)]);
-    unmap.finish().unwrap();
-    assert_eq!(tracker.protect(range).unwrap_err().errno, libc::ENOENT);
-    tracker.disarm().unwrap();
 }
 
 #[test]
