@@ -51,9 +51,11 @@ pub use dirty::{DirtyError, DirtyTracking};
 pub use engine::{Handle, Live, Parts, Pending, Prepared, SetupFailed, SnapshotFailed, prepare_with};
 pub use file::{Chain, SnapshotFile, flatten, rebase};
 pub use options::{OptionError, Options};
+#[cfg(all(feature = "handoff", target_os = "linux"))]
+pub use os::HandoffError;
 pub use os::{
-    AnonymousRam, Filler, FillerOptions, GuestRam, KvmDirtyLog, KvmSlot, MapTarget, Missing, Probe, RamError, Region,
-    RegionFile, TrackError, Tracker, TrackerOptions, compatible, probe, seccomp,
+    AnonymousRam, Filler, FillerOptions, GuestRam, Handoff, KvmDirtyLog, KvmSlot, MapTarget, Missing, Probe, RamError,
+    Region, RegionFile, TrackError, Tracker, TrackerOptions, compatible, probe, seccomp,
 };
 pub use prepare::{PrepareError, prepare, prepare_increment};
 pub use ramshot_core as core;

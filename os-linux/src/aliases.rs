@@ -16,7 +16,7 @@ impl GuestRam {
     /// # Errors
     /// `/proc/self/maps` cannot be read.
     pub fn aliases(&self) -> io::Result<Vec<(BlockIndex, HostRange)>> {
-        let vmas = maps::read()?;
+        let vmas = maps::read(self.owner())?;
         let blocks = || self.table().iter().filter(|(_, block)| block.treatment != Treatment::Ignored);
         let mut found = Vec::new();
         for (index, block) in blocks().filter(|(_, block)| block.treatment == Treatment::Tracked) {

@@ -11,6 +11,7 @@ use nix::sys::mman::{MapFlags, ProtFlags, mmap_anonymous, munmap};
 use ramshot_core::{GuestAddr, HostAddr, Treatment};
 
 use crate::error::RamError;
+use crate::owner::Owner;
 use crate::ram::{GuestRam, Region};
 
 /// Anonymous memory in the part of guest RAM: threads of this process write to it as vCPUs would. For demonstrations and
@@ -83,7 +84,7 @@ impl GuestRam {
         };
         // What `from_regions` asks for holds: the mapping lives as long as `memory`, which the value keeps, and is
         // never filled.
-        let mut ram = Self::build(vec![region], Some(Box::new(memory)))?;
+        let mut ram = Self::build(Owner::Us, vec![region], Some(Box::new(memory)))?;
         ram.never_filled();
         Ok(ram)
     }

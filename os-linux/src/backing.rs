@@ -10,6 +10,7 @@ use ramshot_core::{Backing, HostRange, RamBlock, Treatment};
 
 use crate::error::RamError;
 use crate::maps::{self, Detail, Vma};
+use crate::owner::Owner;
 use crate::ram::RegionFile;
 
 /// One mapping (VMA) of a block.
@@ -17,6 +18,8 @@ use crate::ram::RegionFile;
 pub(crate) struct Piece {
     pub(crate) range: HostRange,
     pub(crate) writable: bool,
+    /// What is written shows in the file behind it, and the other way round.
+    pub(crate) shared: bool,
     pub(crate) content: Content,
     /// File system and inode: the same for two pieces of one file.
     pub(crate) file_id: ((u32, u32), u64),
@@ -52,6 +55,7 @@ pub(crate) fn base_page_size() -> u64 {
 
 /// What kind of memory a mapping is, with the knowledge for it read no earlier than needed.
 pub(crate) struct Kinds {
+    owner: Owner,
     base: u64,
     /// Device number of the kernel's own tmpfs: memfd, SysV, shared anonymous memory.
     shm_dev: Option<(u32, u32)>,
@@ -61,12 +65,12 @@ pub(crate) struct Kinds {
 }
 
 impl Kinds {
-    pub(crate) fn new() -> Self {
+    pub(crate) fn new(owner: &Owner) -> Self {
         let shm_dev = memfd_create(c"ramshot-which-device", MFdFlags::MFD_CLOEXEC)
             .ok()
             .and_then(|fd| File::from(fd).metadata().ok())
             .map(|meta| device(&meta));
-        Self { base: base_page_size(), shm_dev, tmpfs_devs: None, details: None }
+        Self { owner: owner.clone(), base: base_page_size(), shm_dev, tmpfs_devs: None, details: None }
     }
 
     fn of(&mut self, vma: &Vma) -> Result<(Backing, u64), RamError> {
@@ -94,7 +98,8 @@ impl Kinds {
 
     fn detail(&mut self, range: HostRange) -> Result<Option<Detail>, RamError> {
         if self.details.is_none() {
-            let read = maps::read_details().map_err(|source| RamError::Maps { path: "/proc/self/smaps", source })?;
+            let failed = |source| RamError::Maps { path: self.owner.proc_name("smaps"), source };
+            let read = maps::read_details(&self.owner).map_err(failed)?;
             self.details = Some(read);
         }
         Ok(self.details.iter().flatten().find(|d| d.range.contains(range.start)).cloned())
@@ -150,10 +155,11 @@ pub(crate) fn examine(
         check_permission(block, vma)?;
         let file = match &given {
             Some(given) => Some(same_file(block, vma, given)?),
-            None => mapped_file(vma, backing),
+            None => mapped_file(&kinds.owner, vma, backing),
         };
         let content = content(block, vma, file);
-        pieces.push(Piece { range: vma.range, writable: vma.writable, content, file_id: (vma.dev, vma.inode) });
+        let (writable, shared) = (vma.writable, vma.shared);
+        pieces.push(Piece { range: vma.range, writable, shared, content, file_id: (vma.dev, vma.inode) });
     }
     Ok(pieces)
 }
@@ -195,13 +201,13 @@ fn same_file(block: &RamBlock, vma: &Vma, given: &FileAt) -> Result<FileAt, RamE
 }
 
 /// The file behind `vma`, opened through the kernel's own link to it, if we may.
-fn mapped_file(vma: &Vma, backing: Backing) -> Option<FileAt> {
+fn mapped_file(owner: &Owner, vma: &Vma, backing: Backing) -> Option<FileAt> {
     if !matches!(backing, Backing::Shmem | Backing::HugeTlb) {
         return None;
     }
     // The link is named after the whole area, of which `vma` may be a part.
-    let whole = maps::read().ok()?.into_iter().find(|v| v.range.contains(vma.range.start))?.range;
-    let link = format!("/proc/self/map_files/{:x}-{:x}", whole.start.0, whole.end().0);
+    let whole = maps::read(owner).ok()?.into_iter().find(|v| v.range.contains(vma.range.start))?.range;
+    let link = owner.proc(&format!("map_files/{:x}-{:x}", whole.start.0, whole.end().0));
     Some(FileAt { file: Arc::new(File::open(link).ok()?), offset: vma.offset })
 }
 

@@ -45,9 +45,21 @@ pub enum RamError {
     #[error("cannot read {path} to learn what guest RAM is made of; mount /proc or allow it in the sandbox")]
     Maps {
         /// The file.
-        path: &'static str,
+        path: String,
         /// What the system answered.
         source: io::Error,
+    },
+    /// Another process cannot be looked into.
+    #[error("cannot {what} process {pid}, whose memory was handed over; {remedy}")]
+    Process {
+        /// The process.
+        pid: u32,
+        /// What was tried.
+        what: &'static str,
+        /// What the system answered.
+        source: io::Error,
+        /// What to do.
+        remedy: &'static str,
     },
     /// A part of a block is not mapped.
     #[error("RAM block {block:?}: nothing is mapped at {gap}; describe only what is mapped in this process")]

@@ -1,6 +1,5 @@
 //! Messages of a userfaultfd: waiting for them, and what they mean.
 
-use std::fs::File;
 use std::os::fd::{AsFd, FromRawFd, OwnedFd, RawFd};
 use std::time::{Duration, Instant};
 
@@ -9,6 +8,7 @@ use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
 use nix::sys::eventfd::{EfdFlags, EventFd};
 use ramshot_core::{Event, HostAddr, HostRange, OsError};
 
+use crate::owner::Owner;
 use crate::uapi::{self, UffdMsg};
 use crate::uffd::Uffd;
 
@@ -82,10 +82,11 @@ pub(crate) fn read_now(uffd: &Uffd, limit: usize, each: &mut dyn FnMut(Message))
     Ok(messages.len())
 }
 
-/// Waits on a userfaultfd and can be interrupted.
+/// Waits on a userfaultfd, can be interrupted, and notices when the process whose memory it is about ends.
 #[derive(Debug)]
 pub(crate) struct Waiter {
     interrupt: EventFd,
+    owner: Owner,
 }
 
 /// Why waiting ended.
@@ -101,10 +102,10 @@ pub(crate) enum Woken {
 }
 
 impl Waiter {
-    pub(crate) fn new() -> Result<Self, OsError> {
+    pub(crate) fn new(owner: &Owner) -> Result<Self, OsError> {
         let flags = EfdFlags::EFD_CLOEXEC | EfdFlags::EFD_NONBLOCK;
         let interrupt = EventFd::from_flags(flags).map_err(|errno| OsError::new("eventfd", errno as i32))?;
-        Ok(Self { interrupt })
+        Ok(Self { interrupt, owner: owner.clone() })
     }
 
     /// Makes the running or the next [`wait`](Self::wait) return.
@@ -115,33 +116,12 @@ impl Waiter {
 
     /// Waits for an interrupt only; whether there was one.
     pub(crate) fn wait_alone(&self, deadline: Option<Instant>) -> Result<bool, OsError> {
-        let mut fds = [PollFd::new(self.interrupt.as_fd(), PollFlags::POLLIN)];
-        loop {
-            match poll(&mut fds, timeout(deadline)) {
-                Ok(0) if deadline.is_some_and(|end| Instant::now() < end) => {}
-                Ok(0) => return Ok(false),
-                Ok(_) => break,
-                Err(Errno::EINTR) => {}
-                Err(errno) => return Err(OsError::new("poll eventfd", errno as i32)),
-            }
-        }
-        let _ = self.interrupt.read();
-        Ok(true)
+        let [interrupted, _] = self.poll(None, deadline)?;
+        Ok(interrupted.intersects(PollFlags::POLLIN) && self.interrupt.read().is_ok())
     }
 
     pub(crate) fn wait(&self, uffd: &Uffd, deadline: Option<Instant>) -> Result<Woken, OsError> {
-        let mut fds =
-            [PollFd::new(uffd.as_fd(), PollFlags::POLLIN), PollFd::new(self.interrupt.as_fd(), PollFlags::POLLIN)];
-        loop {
-            match poll(&mut fds, timeout(deadline)) {
-                Ok(0) if deadline.is_some_and(|end| Instant::now() < end) => {} // a timeout longer than poll takes
-                Ok(0) => return Ok(Woken::Empty),
-                Ok(_) => break,
-                Err(Errno::EINTR) => {}
-                Err(errno) => return Err(OsError::new("poll userfaultfd", errno as i32)),
-            }
-        }
-        let [uffd, interrupt] = fds.map(|fd| fd.revents().unwrap_or(PollFlags::POLLERR));
+        let [interrupt, uffd] = self.poll(Some(uffd), deadline)?;
         let interrupted = interrupt.intersects(PollFlags::POLLIN);
         if interrupted {
             let _ = self.interrupt.read(); // back to zero; EAGAIN if another took it
@@ -153,6 +133,28 @@ impl Waiter {
         } else {
             Ok(Woken::Empty)
         }
+    }
+
+    /// What there is on the interrupt and on the userfaultfd; nothing, once the time has passed.
+    fn poll(&self, uffd: Option<&Uffd>, deadline: Option<Instant>) -> Result<[PollFlags; 2], OsError> {
+        let interrupt = self.interrupt.as_fd();
+        let uffd = uffd.map_or(interrupt, AsFd::as_fd);
+        let ending = self.owner.ending();
+        // One that is not there is polled twice instead, which costs next to nothing.
+        let mut fds = [interrupt, uffd, ending.unwrap_or(interrupt)].map(|fd| PollFd::new(fd, PollFlags::POLLIN));
+        loop {
+            match poll(&mut fds, timeout(deadline)) {
+                Ok(0) if deadline.is_some_and(|end| Instant::now() < end) => {} // a timeout longer than poll takes
+                Ok(_) => break,
+                Err(Errno::EINTR) => {}
+                Err(errno) => return Err(OsError::new("poll userfaultfd", errno as i32)),
+            }
+        }
+        let [interrupt, uffd, ended] = fds.map(|fd| fd.revents().unwrap_or(PollFlags::POLLERR));
+        if ending.is_some() && !ended.is_empty() {
+            return Err(OsError::new("waiting for faults of a process that has ended", libc::ESRCH));
+        }
+        Ok([interrupt, uffd])
     }
 }
 
@@ -201,22 +203,6 @@ fn timeout(deadline: Option<Instant>) -> PollTimeout {
     PollTimeout::try_from(left).unwrap_or(PollTimeout::MAX)
 }
 
-/// The features of a userfaultfd that somebody else initialised, from `/proc/self/fdinfo`; `None` if it is none or
-/// its UFFDIO_API has not been called.
-pub(crate) fn features_of(fd: impl AsFd) -> Option<u64> {
-    use std::os::fd::AsRawFd;
-    let path = format!("/proc/self/fdinfo/{}", fd.as_fd().as_raw_fd());
-    let text = std::io::read_to_string(File::open(path).ok()?).ok()?;
-    parse_fdinfo(&text)
-}
-
-/// `API:\taa:80001055:80000000000001ff`: version, features enabled, features the kernel has.
-fn parse_fdinfo(text: &str) -> Option<u64> {
-    let line = text.lines().find_map(|line| line.strip_prefix("API:"))?;
-    let features = u64::from_str_radix(line.trim().split(':').nth(1)?, 16).ok()?;
-    (features & uapi::FEATURE_INITIALIZED != 0).then_some(features & !uapi::FEATURE_INITIALIZED)
-}
-
 #[cfg(test)]
 mod tests {
     use super::*;
@@ -252,14 +238,5 @@ mod tests {
             decode(&message(0x16, [0x9000, 0x7000, 0])),
             Message::Event(Event::Unmapped(HostRange::new(HostAddr(0x9000), 0)))
         );
-    }
-
-    #[test]
-    fn features_are_found_in_fdinfo() {
-        let text = |features: &str| format!("pos:\t0\nflags:\t02004000\nAPI:\taa:{features}:80000000000001ff\n\n");
-        assert_eq!(parse_fdinfo(&text("80001055")), Some(0x1055));
-        assert_eq!(parse_fdinfo(&text("0")), None, "UFFDIO_API not called");
-        assert_eq!(parse_fdinfo("pos:\t0\n"), None);
-        assert_eq!(parse_fdinfo("API:\taa\n"), None);
     }
 }

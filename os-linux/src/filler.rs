@@ -10,6 +10,7 @@ use ramshot_core::{Event, Filled, HostAddr, HostRange, OsError, RamBlock, RamFil
 
 use crate::error::{Missing, TrackError};
 use crate::event::{self, Message};
+use crate::owner::{Context, Lease};
 use crate::populated::{PageTable, populated};
 use crate::probe::{self, WANTED};
 use crate::ram::GuestRam;
@@ -63,6 +64,8 @@ pub struct Filler {
     /// As many zeros as the largest page of a block that has no zero page of its own.
     zeros: Vec<u8>,
     ram: Arc<GuestRam>,
+    /// Of a context that was handed over: until it is finished.
+    lease: Mutex<Option<Lease>>,
 }
 
 impl Filler {
@@ -75,20 +78,26 @@ impl Filler {
     /// What is missing; a block that is not fresh. Nothing stays open or registered.
     pub fn open(ram: Arc<GuestRam>, options: &FillerOptions) -> Result<Self, TrackError> {
         let wanted = WANTED | uapi::FEATURE_MISSING_SHMEM | uapi::FEATURE_MISSING_HUGETLBFS | uapi::FEATURE_POISON;
-        let (uffd, features) = probe::open_context(wanted, options.user_mode_only)?;
+        let (uffd, features, lease) = match ram.owner().context()? {
+            Some(Context { uffd, features, lease }) => (uffd, features, Some(lease)),
+            None => {
+                let (uffd, features) = probe::open_context(wanted, options.user_mode_only)?;
+                (uffd, features, None)
+            }
+        };
         let mut filler = Self {
             uffd: ManuallyDrop::new(uffd),
-            relay: Arc::new(Relay::new()?),
+            relay: Arc::new(Relay::new(ram.owner())?),
             registered: Mutex::new(Vec::new()),
             can_poison: features & uapi::FEATURE_POISON != 0,
             features,
             zeros: Vec::new(),
             ram,
+            lease: Mutex::new(lease),
         };
         let started = filler.register_all(features);
         if started.is_err() {
-            // Nobody was told that he may run: what was registered is ordinary memory again.
-            let undone = filler.finish();
+            let undone = filler.undo();
             log::debug!(target: "ramshot::restore", "lazy restore did not start: {started:?}; undone: {undone:?}");
         }
         started.map(|()| filler)
@@ -97,7 +106,7 @@ impl Filler {
     fn register_all(&mut self, features: u64) -> Result<(), TrackError> {
         let ram = Arc::clone(&self.ram);
         let table = ram.table();
-        let page_table = PageTable::open();
+        let page_table = PageTable::open(ram.owner());
         for (block, pieces) in table.blocks().iter().zip(ram.pieces()) {
             if block.treatment == Treatment::Ignored {
                 continue;
@@ -124,6 +133,8 @@ impl Filler {
                 "block {}: {} missing from {}, page size {}", block.name, block.len, block.host, block.page_size
             );
         }
+        let registered = self.list().clone();
+        ram.owner().check_registered(&registered, uapi::REGISTER_MODE_MISSING)?;
         Ok(())
     }
 
@@ -217,7 +228,7 @@ impl Filler {
                 }
                 Errno::ENOENT if rest.len > page => most = page,
                 // Unmapped or moved away: whoever waits there must find out.
-                Errno::ENOENT if !maps::registered_in(rest).is_ok_and(|found| !found.is_empty()) => {
+                Errno::ENOENT if !maps::registered_in(self.ram.owner(), rest).is_ok_and(|found| !found.is_empty()) => {
                     self.wake(rest)?;
                     filled.bytes += rest.len;
                 }
@@ -321,6 +332,15 @@ impl RamFiller for Filler {
         self.relay.filler.interrupt();
     }
 
+    fn undo(&self) -> Result<(), OsError> {
+        if !self.ram.owner().is_us() {
+            // That process runs perhaps, and has registered what is missing itself: it must not meet zeros.
+            self.list().clear();
+            return Ok(());
+        }
+        self.finish()
+    }
+
     fn finish(&self) -> Result<(), OsError> {
         if !self.relay.end() {
             return Err(OsError::new("ending a lazy restore during a snapshot", libc::EBUSY));
@@ -339,9 +359,8 @@ impl RamFiller for Filler {
             let pieces = match self.uffd.unregister(range) {
                 Ok(()) => Ok(Vec::new()),
                 // A part of it was unmapped, or something else was mapped there.
-                Err(errno) => {
-                    maps::registered_in(range).map_err(|_| OsError::new("UFFDIO_UNREGISTER", errno as i32).on(range))
-                }
+                Err(errno) => maps::registered_in(self.ram.owner(), range)
+                    .map_err(|_| OsError::new("UFFDIO_UNREGISTER", errno as i32).on(range)),
             };
             let result = pieces.and_then(|pieces| {
                 pieces.into_iter().try_for_each(|piece| {
@@ -349,6 +368,7 @@ impl RamFiller for Filler {
                     self.uffd.unregister(piece).map_err(failed)
                 })
             });
+            let result = if self.ram.owner().has_ended() { Ok(()) } else { result };
             // Wakes who came while it was ended.
             let result = result.and(self.wake(range));
             log::debug!(target: "ramshot::restore", "all in at {range}: {result:?}");
@@ -356,6 +376,9 @@ impl RamFiller for Filler {
                 failed.push(range);
             }
             first = first.and(result);
+        }
+        if first.is_ok() {
+            self.lease.lock().unwrap_or_else(PoisonError::into_inner).take();
         }
         // For another attempt.
         *self.list() = failed;
@@ -365,7 +388,7 @@ impl RamFiller for Filler {
 
 impl Drop for Filler {
     fn drop(&mut self) {
-        if self.list().is_empty() {
+        if self.list().is_empty() || self.ram.owner().has_ended() {
             // SAFETY: taken once, here; nothing uses the field after drop.
             drop(unsafe { ManuallyDrop::take(&mut self.uffd) });
         } else {

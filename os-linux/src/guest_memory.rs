@@ -7,6 +7,7 @@ use vm_memory::bitmap::{AtomicBitmap, Bitmap};
 use vm_memory::{Address, GuestMemoryBackend, GuestMemoryMmap, GuestMemoryRegion, MmapRegion};
 
 use crate::error::RamError;
+use crate::owner::Owner;
 use crate::ram::{GuestRam, Region, RegionFile};
 
 impl GuestRam {
@@ -45,7 +46,7 @@ impl GuestRam {
         }
         // What `from_regions` asks for holds: `memory` keeps its regions mapped and is kept by the value, and vm-memory
         // hands out no references into guest memory, only volatile access by pointer.
-        Self::build(regions, Some(Box::new(memory)))
+        Self::build(Owner::Us, regions, Some(Box::new(memory)))
     }
 
     /// The writes of the VMM itself, of its device models, as `vm-memory` notes them in the [`AtomicBitmap`] of each region: a

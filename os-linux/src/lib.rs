@@ -5,14 +5,15 @@
 //! - [`Tracker`]: one userfaultfd context over them; implements [`WriteTracker`](ramshot_core::WriteTracker).
 //! - [`Filler`]: the way back, memory whose pages come in as they are touched; implements
 //!   [`RamFiller`](ramshot_core::RamFiller).
+//! - [`Handoff`]: guest RAM of another process.
 //! - [`probe`], [`compatible`]: what this system offers and whether each block can be tracked, asked beforehand.
 //! - [`storage`]: file access at offsets.
 //! - [`MapTarget`]: memory that becomes a mapping of a file.
 //! - [`seccomp`]: what a filter must allow.
 //!
 //! All unsafe code of the project's library part stands in this crate: in `uffd` (ioctls), `mapped` (mmap), `ram` and
-//! `anonymous` (guest memory by pointer), `filler`, `populated` (PAGEMAP_SCAN), `event` (descriptors in messages), `storage`
-//! (statx), `dirty` (KVM's log) and `priority`.
+//! `anonymous` (guest memory by pointer), `filler`, `populated` (PAGEMAP_SCAN), `event` and `handoff` (descriptors in messages),
+//! `owner` (pidfd), `storage` (statx), `dirty` (KVM's log) and `priority`.
 //!
 //! ```
 //! # use std::sync::Arc;
@@ -48,6 +49,7 @@
 //! ```
 #![cfg_attr(test, allow(clippy::unwrap_used))]
 
+mod adopted;
 mod aliases;
 mod anonymous;
 mod backing;
@@ -57,8 +59,10 @@ mod event;
 mod filler;
 #[cfg(feature = "vm-memory")]
 mod guest_memory;
+mod handoff;
 mod mapped;
 mod maps;
+mod owner;
 mod populated;
 pub mod priority;
 mod probe;
@@ -76,6 +80,9 @@ pub use anonymous::AnonymousRam;
 pub use dirty::{KvmDirtyLog, KvmSlot};
 pub use error::{Missing, RamError, TrackError};
 pub use filler::{Filler, FillerOptions};
+pub use handoff::Handoff;
+#[cfg(feature = "handoff")]
+pub use handoff::HandoffError;
 pub use mapped::MapTarget;
 pub use probe::{Probe, compatible, probe};
 pub use ram::{GuestRam, Region, RegionFile};

@@ -64,6 +64,9 @@ impl MapTarget {
         };
         let page = base_page_size();
         let (why, remedy) = match block.backing {
+            _ if !self.ram.owner().is_us() => {
+                ("it is memory of another process".to_owned(), "have that process map the file, or restore lazily")
+            }
             Backing::Anonymous if !pieces.iter().all(|piece| piece.writable) => {
                 ("it is mapped read-only".to_owned(), "restore eagerly, or map it writable")
             }

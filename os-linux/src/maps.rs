@@ -1,11 +1,13 @@
-//! What is mapped where in this process, as `/proc/self/maps` and `smaps` tell it.
+//! What is mapped where in a process, as `/proc/PID/maps` and `smaps` tell it.
 
 use std::fs;
 use std::io;
 
 use ramshot_core::{HostAddr, HostRange};
 
-/// One line of `/proc/self/maps`: a virtual memory area.
+use crate::owner::Owner;
+
+/// One line of `maps`: a virtual memory area.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub(crate) struct Vma {
     pub(crate) range: HostRange,
@@ -44,18 +46,18 @@ impl Detail {
 }
 
 /// All areas, ascending.
-pub(crate) fn read() -> io::Result<Vec<Vma>> {
-    Ok(parse(&fs::read_to_string("/proc/self/maps")?))
+pub(crate) fn read(owner: &Owner) -> io::Result<Vec<Vma>> {
+    Ok(parse(&fs::read_to_string(owner.proc("maps"))?))
 }
 
 /// All areas with what smaps knows of them, ascending.
-pub(crate) fn read_details() -> io::Result<Vec<Detail>> {
-    Ok(parse_details(&fs::read_to_string("/proc/self/smaps")?))
+pub(crate) fn read_details(owner: &Owner) -> io::Result<Vec<Detail>> {
+    Ok(parse_details(&fs::read_to_string(owner.proc("smaps"))?))
 }
 
 /// The parts of `range` that a userfaultfd is registered for.
-pub(crate) fn registered_in(range: HostRange) -> io::Result<Vec<HostRange>> {
-    let details = read_details()?;
+pub(crate) fn registered_in(owner: &Owner, range: HostRange) -> io::Result<Vec<HostRange>> {
+    let details = read_details(owner)?;
     Ok(details.iter().filter(|d| d.is_registered()).filter_map(|d| intersection(d.range, range)).collect())
 }
 
@@ -209,7 +211,7 @@ VmFlags: rd wr mr mw me ac sd
     #[test]
     fn this_process_can_be_read() {
         let here = HostAddr(std::ptr::from_ref(MAPS).addr() as u64);
-        assert!(read().unwrap().iter().any(|vma| vma.range.contains(here) && vma.readable));
-        assert!(read_details().unwrap().iter().any(|d| d.range.contains(here) && d.page_size >= 4096));
+        assert!(read(&Owner::Us).unwrap().iter().any(|vma| vma.range.contains(here) && vma.readable));
+        assert!(read_details(&Owner::Us).unwrap().iter().any(|d| d.range.contains(here) && d.page_size >= 4096));
     }
 }

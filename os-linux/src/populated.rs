@@ -12,6 +12,7 @@ use ramshot_core::{HostAddr, HostRange, OsError, Residency};
 
 use crate::backing::{Content, FileAt, Piece, base_page_size};
 use crate::maps::intersection;
+use crate::owner::Owner;
 use crate::uapi::{self, PageRegion, PmScanArg};
 
 /// Receives ranges.
@@ -77,7 +78,7 @@ impl Merged<'_> {
     }
 }
 
-/// The page table of this process, as `/proc/self/pagemap` shows it.
+/// The page table of a process, as `/proc/PID/pagemap` shows it.
 #[derive(Debug)]
 pub(crate) struct PageTable {
     /// `None`: cannot be opened; then everything counts as populated.
@@ -88,8 +89,8 @@ pub(crate) struct PageTable {
 
 impl PageTable {
     /// Opens it. Needed before a sandbox closes `/proc`.
-    pub(crate) fn open() -> Self {
-        let (file, scan) = match File::open("/proc/self/pagemap") {
+    pub(crate) fn open(owner: &Owner) -> Self {
+        let (file, scan) = match File::open(owner.proc("pagemap")) {
             Ok(file) => {
                 // An empty range: the kernel checks the arguments and has nothing to walk.
                 let scan = scan(&file, HostRange::new(HostAddr(0), 0), &mut |_| {});
@@ -98,7 +99,7 @@ impl PageTable {
             Err(error) => {
                 log::warn!(
                     target: "ramshot::track",
-                    "cannot open /proc/self/pagemap ({error}): all memory counts as populated and is protected"
+                    "cannot open {} ({error}): all memory counts as populated and is protected", owner.proc_name("pagemap")
                 );
                 (None, Err(Errno::from_raw(error.raw_os_error().unwrap_or(0))))
             }
@@ -353,7 +354,7 @@ mod tests {
         }
         let start = memory.as_ptr().addr() as u64 & !(page as u64 - 1);
         let range = HostRange::new(HostAddr(start), page as u64 * 2000);
-        let table = PageTable::open();
+        let table = PageTable::open(&Owner::Us);
         let Some(file) = &table.file else { panic!("/proc/self/pagemap: {:?}", table.scan) };
         let collect = |f: &dyn Fn(Each<'_>)| {
             let mut found = Vec::new();

@@ -6,6 +6,7 @@ use nix::errno::Errno;
 use ramshot_core::{Backing, BlockIndex, RamBlock, Treatment};
 
 use crate::error::{Missing, TrackError};
+use crate::owner::Owner;
 use crate::populated::PageTable;
 use crate::ram::GuestRam;
 use crate::register::{check_backing, check_block, register};
@@ -53,7 +54,7 @@ pub struct Probe {
 #[must_use]
 pub fn probe() -> Probe {
     let ways: Vec<_> = Way::ALL.into_iter().map(|way| (way, offered(way))).collect();
-    let scan = PageTable::open().scan;
+    let scan = PageTable::open(&Owner::Us).scan;
     let mut probe = Probe { ways, scan, missing: Vec::new() };
     probe.missing = probe.find_missing();
     probe
@@ -202,6 +203,9 @@ pub(crate) fn unavailable(attempts: &[(Way, Failed)], user_mode_tried: bool) -> 
 /// descriptor to [`Tracker::from_fd`](crate::Tracker::from_fd).
 #[must_use]
 pub fn compatible(ram: &GuestRam) -> Vec<(BlockIndex, Result<(), Missing>)> {
+    if !ram.owner().is_us() {
+        return compatible_over_there(ram);
+    }
     let context = throw_away();
     let verdict = |block: &RamBlock| {
         if block.treatment != Treatment::Tracked {
@@ -213,6 +217,16 @@ pub fn compatible(ram: &GuestRam) -> Vec<(BlockIndex, Result<(), Missing>)> {
         // Nothing is protected, so there is nothing this can fail to lift; closing the context would do as well.
         let _ = uffd.unregister(block.mapping());
         Ok(())
+    };
+    ram.table().iter().map(|(index, block)| (index, verdict(block))).collect()
+}
+
+/// Of another process only what its context can do is asked, and nothing is registered on it: it may be in use.
+fn compatible_over_there(ram: &GuestRam) -> Vec<(BlockIndex, Result<(), Missing>)> {
+    let features = ram.owner().features().unwrap_or(0);
+    let verdict = |block: &RamBlock| match block.treatment {
+        Treatment::Tracked => check_block(block, features),
+        _ => Ok(()),
     };
     ram.table().iter().map(|(index, block)| (index, verdict(block))).collect()
 }

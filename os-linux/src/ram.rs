@@ -1,7 +1,8 @@
-//! Guest RAM of this process: what the VMM describes, completed by what the kernel knows, readable and fillable.
+//! Guest RAM: what the VMM describes, completed by what the kernel knows, readable and fillable.
 
 use std::any::Any;
 use std::fs::File;
+use std::os::unix::fs::FileExt;
 use std::ptr;
 use std::sync::{Arc, Mutex, PoisonError};
 
@@ -9,9 +10,11 @@ use ramshot_core::{
     Backing, BlockName, BlockTable, GuestAddr, HostAddr, HostRange, OsError, RamBlock, RamSource, RamTarget, Treatment,
 };
 
-use crate::backing::{self, Piece};
+use crate::backing::{self, Content, Piece};
 use crate::error::RamError;
+use crate::handoff::Handoff;
 use crate::maps;
+use crate::owner::Owner;
 
 /// The file behind a piece of guest RAM (memfd, tmpfs or hugetlbfs file).
 #[derive(Debug)]
@@ -29,7 +32,7 @@ pub struct Region {
     pub name: String,
     /// Where the guest sees it.
     pub guest: GuestAddr,
-    /// Where this process maps it.
+    /// Where the process of the VMM maps it.
     pub host: HostAddr,
     /// Length of the mapping in bytes.
     pub len: u64,
@@ -42,9 +45,10 @@ pub struct Region {
     pub file: Option<RegionFile>,
 }
 
-/// Guest RAM of this process: the block table, and how to read and fill it. What was given to keep alive stays
-/// referenced as long as this value lives.
+/// Guest RAM, of this process or of another one: the block table, and how to read and fill it. What was given to keep alive
+/// stays referenced as long as this value lives.
 pub struct GuestRam {
+    owner: Owner,
     table: Arc<BlockTable>,
     /// What each block of the table is made of, in table order.
     pieces: Vec<Vec<Piece>>,
@@ -66,7 +70,22 @@ impl GuestRam {
     /// # Errors
     /// The first thing found that makes this no guest RAM: see [`RamError`].
     pub unsafe fn from_regions(regions: Vec<Region>) -> Result<Self, RamError> {
-        Self::build(regions, None)
+        Self::build(Owner::Us, regions, None)
+    }
+
+    /// Guest RAM of another process, which has handed it over. Snapshots and lazy restores of it run in this one, with the same
+    /// calls; see [`Handoff`] for what differs.
+    ///
+    /// It is read through the files behind its regions where there are any (`pread` on a memfd), and by
+    /// `process_vm_readv` where not. It cannot be filled ([`RamTarget`]), only restored lazily.
+    ///
+    /// # Errors
+    /// [`RamError::Process`] if that process is not there or may not be looked into (it takes what attaching a debugger
+    /// takes); [`RamError::Unsupported`] if its userfaultfd will not do; otherwise as
+    /// [`from_regions`](Self::from_regions).
+    pub fn from_handoff(handoff: Handoff) -> Result<Self, RamError> {
+        let Handoff { pid, userfaultfd, regions } = handoff;
+        Self::build(Owner::other(pid, userfaultfd)?, regions, None)
     }
 
     /// The blocks.
@@ -77,9 +96,14 @@ impl GuestRam {
 
     /// What a caller of this promises is what [`from_regions`](Self::from_regions) asks for; `keep` may be what makes
     /// it true.
-    pub(crate) fn build(regions: Vec<Region>, keep: Option<Box<dyn Any + Send + Sync>>) -> Result<Self, RamError> {
-        let vmas = maps::read().map_err(|source| RamError::Maps { path: "/proc/self/maps", source })?;
-        let mut kinds = backing::Kinds::new();
+    pub(crate) fn build(
+        owner: Owner,
+        regions: Vec<Region>,
+        keep: Option<Box<dyn Any + Send + Sync>>,
+    ) -> Result<Self, RamError> {
+        let failed = |source| RamError::Maps { path: owner.proc_name("maps"), source };
+        let vmas = maps::read(&owner).map_err(failed)?;
+        let mut kinds = backing::Kinds::new(&owner);
         let mut blocks = Vec::with_capacity(regions.len());
         let mut pieces = Vec::with_capacity(regions.len());
         for region in regions {
@@ -112,7 +136,7 @@ impl GuestRam {
                 block.name, block.backing, block.treatment, block.page_size, block.mapping(), block.guest, block.used
             );
         }
-        Ok(Self { table, pieces, lent: Mutex::new(Vec::new()), _keep: keep })
+        Ok(Self { owner, table, pieces, lent: Mutex::new(Vec::new()), _keep: keep })
     }
 
     /// From now on [`RamTarget::with_mut`] refuses: others hold references into this memory.
@@ -124,8 +148,12 @@ impl GuestRam {
         &self.pieces
     }
 
-    /// The address of `len` bytes at `at`, if they lie in one block that is part of the image.
-    fn pointer(&self, op: &'static str, at: HostAddr, len: usize) -> Result<(*mut u8, usize), OsError> {
+    pub(crate) fn owner(&self) -> &Owner {
+        &self.owner
+    }
+
+    /// The block in which `len` bytes at `at` lie, if they lie in one that is part of the image.
+    fn block_of(&self, op: &'static str, at: HostAddr, len: usize) -> Result<usize, OsError> {
         let range = HostRange::new(at, u64::try_from(len).unwrap_or(u64::MAX));
         let error = OsError::new(op, libc::EFAULT).on(range);
         let index = self.table.block_at(at).ok_or(error)?;
@@ -134,14 +162,48 @@ impl GuestRam {
         if end > block.mapping().end() || block.treatment == Treatment::Ignored {
             return Err(error);
         }
-        let address = usize::try_from(at.0).map_err(|_| error)?;
-        Ok((ptr::with_exposed_provenance_mut(address), usize::from(index.0)))
+        Ok(usize::from(index.0))
     }
+
+    /// Reads what is mapped in another process.
+    fn read_other(&self, index: usize, from: HostAddr, into: &mut [u8]) -> Result<(), OsError> {
+        let range = HostRange::new(from, u64::try_from(into.len()).unwrap_or(u64::MAX));
+        let mut rest = into;
+        for piece in self.pieces.get(index).into_iter().flatten() {
+            let Some(part) = maps::intersection(piece.range, range) else { continue };
+            let len = usize::try_from(part.len).unwrap_or(usize::MAX);
+            let split = std::mem::take(&mut rest).split_at_mut_checked(len);
+            let (now, later) = split.ok_or(OsError::new("reading guest RAM", libc::EFAULT).on(range))?;
+            rest = later;
+            match &piece.content {
+                Content::File(file) | Content::HugeFile(file) if piece.shared => {
+                    let at = file.offset.saturating_add(part.start.0 - piece.range.start.0);
+                    let failed = |error: std::io::Error| {
+                        // A file that ends early has been cut.
+                        OsError::new("pread of the file behind guest RAM", error.raw_os_error().unwrap_or(libc::EIO))
+                    };
+                    file.file.read_exact_at(now, at).map_err(|error| failed(error).on(part))?;
+                }
+                _ => self.owner.read(part.start, now)?,
+            }
+        }
+        if rest.is_empty() { Ok(()) } else { Err(OsError::new("reading guest RAM", libc::EFAULT).on(range)) }
+    }
+}
+
+/// The address as a pointer of this process.
+fn pointer(at: HostAddr) -> *mut u8 {
+    // Of a mapping here, so it fits.
+    ptr::with_exposed_provenance_mut(usize::try_from(at.0).unwrap_or(0))
 }
 
 impl RamSource for GuestRam {
     fn read(&self, from: HostAddr, into: &mut [u8]) -> Result<(), OsError> {
-        let (source, _) = self.pointer("reading guest RAM", from, into.len())?;
+        let index = self.block_of("reading guest RAM", from, into.len())?;
+        if !self.owner.is_us() {
+            return self.read_other(index, from, into);
+        }
+        let source = pointer(from);
         // SAFETY: the whole of `source..+len` lies in one block, which stays mapped readable while `self` lives (the
         // promise of `from_regions`, or of the guest memory kept alive). `into` is ours alone and cannot overlap it:
         // nobody holds a reference into guest RAM. A guest that writes meanwhile can tear what is copied, not more;
@@ -153,14 +215,21 @@ impl RamSource for GuestRam {
 
 impl RamTarget for GuestRam {
     /// Only for RAM that no vCPU or device runs on. `EBUSY` for a range of which another call has a part in hand;
-    /// `EACCES` for a block mapped read-only, or lent out by [`AnonymousRam`](crate::AnonymousRam).
+    /// `EACCES` for a block mapped read-only, or lent out by [`AnonymousRam`](crate::AnonymousRam); `EOPNOTSUPP` for memory of
+    /// another process.
     fn with_mut(&self, at: HostAddr, len: usize, fill: &mut dyn FnMut(&mut [u8])) -> Result<(), OsError> {
         const OP: &str = "filling guest RAM";
-        let (target, index) = self.pointer(OP, at, len)?;
+        let index = self.block_of(OP, at, len)?;
         let range = HostRange::new(at, u64::try_from(len).unwrap_or(u64::MAX));
         if !self.pieces.get(index).is_some_and(|pieces| pieces.iter().all(|piece| piece.writable)) {
             return Err(OsError::new(OP, libc::EACCES).on(range));
         }
+        if !self.owner.is_us() {
+            return Err(
+                OsError::new("filling guest RAM of another process (restore it lazily)", libc::EOPNOTSUPP).on(range)
+            );
+        }
+        let target = pointer(at);
         let _lent = Lent::take(&self.lent, range).ok_or(OsError::new(OP, libc::EBUSY).on(range))?;
         // SAFETY: the whole of `target..+len` lies in one block, mapped writable while `self` lives. No other slice
         // over it exists: `_lent` keeps other calls out until `fill` is done, and others hold no references into it

@@ -13,6 +13,7 @@ use ramshot_core::{Event, HostRange, OsError};
 
 use crate::event::{self, Message, Waiter};
 use crate::maps::intersection;
+use crate::owner::Owner;
 
 /// Whom the context serves besides the filler.
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
@@ -56,11 +57,11 @@ impl PuttingIn<'_> {
 }
 
 impl Relay {
-    pub(crate) fn new() -> Result<Self, OsError> {
+    pub(crate) fn new(owner: &Owner) -> Result<Self, OsError> {
         Ok(Self {
             state: Mutex::new(State { phase: Phase::Alone, inbox: VecDeque::new() }),
-            filler: Waiter::new()?,
-            tracker: Waiter::new()?,
+            filler: Waiter::new(owner)?,
+            tracker: Waiter::new(owner)?,
             protecting: RwLock::new(Vec::new()),
         })
     }

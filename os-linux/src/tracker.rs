@@ -9,11 +9,12 @@ use std::thread;
 use std::time::{Duration, Instant};
 
 use nix::errno::Errno;
-use nix::fcntl::{FcntlArg, OFlag, fcntl};
 use ramshot_core::{Done, Event, HostRange, OsError, RamBlock, Residency, Treatment, WriteTracker};
 
-use crate::error::{Missing, TrackError};
+use crate::adopted::Adopted;
+use crate::error::TrackError;
 use crate::event::{self, Message, Waiter};
+use crate::owner::{Context, Lease};
 use crate::populated::{PageTable, populated};
 use crate::probe::{self, WANTED};
 use crate::ram::GuestRam;
@@ -74,6 +75,8 @@ pub struct Tracker {
     /// Held for reading while protecting, taken for writing by disarm, so that it waits for what is under way.
     protecting: RwLock<()>,
     ram: Arc<GuestRam>,
+    /// Of a context that was handed over.
+    _lease: Option<Lease>,
 }
 
 /// A range registered for write faults.
@@ -83,6 +86,13 @@ struct Registration {
     /// Modes it had before us (a lazy restore's): then the registration is not ours to end.
     prior: u64,
     page_size: u64,
+}
+
+/// The modes that each block is registered with already: by a lazy restore, which goes on.
+fn registered_already(ram: &GuestRam) -> Result<impl Fn(&RamBlock) -> u64 + use<>, TrackError> {
+    let failed = |error: std::io::Error| OsError::new("reading smaps", error.raw_os_error().unwrap_or(0));
+    let found = ram.owner().registrations().map_err(failed)?;
+    Ok(move |block: &RamBlock| found.modes(block.mapping()) & !uapi::REGISTER_MODE_WP)
 }
 
 impl Tracker {
@@ -95,11 +105,18 @@ impl Tracker {
     /// Opens a userfaultfd and registers every tracked block, whole. Nothing is protected yet. Belongs before the
     /// pause, and before a seccomp filter.
     ///
-    /// `/dev/userfaultfd` is tried first, then the system call, on any failure.
+    /// `/dev/userfaultfd` is tried first, then the system call, on any failure. For memory of another process it is the one
+    /// that was handed over with it.
     ///
     /// # Errors
     /// What is missing; nothing stays open or registered.
     pub fn open(ram: Arc<GuestRam>, options: &TrackerOptions) -> Result<Self, TrackError> {
+        if let Some(Context { uffd, features, lease }) = ram.owner().context()? {
+            let prior = registered_already(&ram)?;
+            let mut tracker = Self::start(uffd, features, None, ram, options, prior)?;
+            tracker._lease = Some(lease);
+            return Ok(tracker);
+        }
         let (uffd, features) = probe::open_context(WANTED, options.user_mode_only)?;
         Self::start(uffd, features, None, ram, options, |_| 0)
     }
@@ -130,42 +147,9 @@ impl Tracker {
     /// [`TrackError::Unsuitable`] if it is no initialised userfaultfd, or has WP_ASYNC or SIGBUS, under which no write
     /// fault is reported; otherwise as [`open`](Self::open).
     pub fn from_fd(fd: OwnedFd, ram: Arc<GuestRam>, options: &TrackerOptions) -> Result<Self, TrackError> {
-        let unsuitable = |why: String, remedy: &str| {
-            TrackError::Unsuitable(Missing::new("the userfaultfd handed over", why, remedy))
-        };
-        let features = event::features_of(&fd).ok_or_else(|| {
-            unsuitable(
-                "/proc/self/fdinfo does not show it to be a userfaultfd on which UFFDIO_API was called".into(),
-                "call UFFDIO_API on it, with PAGEFAULT_FLAG_WP",
-            )
-        })?;
-        for (bit, name) in [(uapi::FEATURE_WP_ASYNC, "WP_ASYNC"), (uapi::FEATURE_SIGBUS, "SIGBUS")] {
-            if features & bit != 0 {
-                return Err(unsuitable(
-                    format!("it was opened with UFFD_FEATURE_{name}, under which no write fault is reported"),
-                    "open it without; the features of a context cannot be changed",
-                ));
-            }
-        }
-        let heard = uapi::FEATURE_EVENT_REMOVE | uapi::FEATURE_EVENT_UNMAP | uapi::FEATURE_EVENT_REMAP;
-        if features & heard != heard {
-            log::warn!(
-                target: "ramshot::track",
-                "the userfaultfd handed over has features {features:#x}: some discards and unmappings will go unnoticed"
-            );
-        }
-        let flags = fcntl(&fd, FcntlArg::F_GETFL).map(OFlag::from_bits_retain);
-        flags
-            .and_then(|flags| fcntl(&fd, FcntlArg::F_SETFL(flags | OFlag::O_NONBLOCK)))
-            .map_err(|errno| OsError::new("fcntl O_NONBLOCK", errno as i32))?;
-        let details = maps::read_details()
-            .map_err(|error| OsError::new("read /proc/self/smaps", error.raw_os_error().unwrap_or(0)))?;
-        let prior = |block: &RamBlock| {
-            let over = |flag| details.iter().any(|d| d.range.overlaps(block.mapping()) && d.has(flag));
-            let mode = |flag, mode| if over(flag) { mode } else { 0 };
-            mode("um", uapi::REGISTER_MODE_MISSING) | mode("ui", uapi::REGISTER_MODE_MINOR)
-        };
-        Self::start(Uffd::new(fd), features, None, ram, options, prior)
+        let (uffd, features) = Adopted::new(fd).map_err(TrackError::Unsuitable)?.into_parts();
+        let prior = registered_already(&ram)?;
+        Self::start(uffd, features, None, ram, options, prior)
     }
 
     /// Takes over a `userfaultfd::Uffd`, as [`from_fd`](Self::from_fd) does.
@@ -199,9 +183,9 @@ impl Tracker {
         ram.warn_of_aliases();
         let tracker = Self {
             uffd,
-            waiter: Waiter::new()?,
+            waiter: Waiter::new(ram.owner())?,
             relay,
-            page_table: PageTable::open(),
+            page_table: PageTable::open(ram.owner()),
             patience: options.patience,
             ending_lifts: Way::ALL.into_iter().find_map(|way| probe::offered(way).ok()).unwrap_or(0)
                 & uapi::FEATURE_WP_UNPOPULATED
@@ -212,6 +196,7 @@ impl Tracker {
             storm: Storm::new(),
             protecting: RwLock::new(()),
             ram,
+            _lease: None,
         };
         // On failure `tracker` is dropped, which unregisters the blocks done so far.
         for block in tracker.ram.table().blocks().iter().filter(|b| b.treatment == Treatment::Tracked) {
@@ -220,11 +205,14 @@ impl Tracker {
             let (range, page_size) = (block.mapping(), block.page_size);
             register::register(&tracker.uffd, block, prior).map_err(TrackError::Block)?;
             tracker.list().push(Registration { range, prior, page_size });
+
             log::debug!(
                 target: "ramshot::track",
                 "start block {}: page size {page_size}, address {}, length {:#x}", block.name, range.start, range.len
             );
         }
+        let registered: Vec<HostRange> = tracker.list().iter().map(|registration| registration.range).collect();
+        tracker.ram.owner().check_registered(&registered, uapi::REGISTER_MODE_WP)?;
         Ok(tracker)
     }
 
@@ -242,7 +230,7 @@ impl Tracker {
             Err(Errno::ENOENT) => {}
             Err(errno) => return failed(range, errno),
         }
-        let pieces = match maps::read().map(|vmas| maps::cover(&vmas, range)) {
+        let pieces = match maps::read(self.ram.owner()).map(|vmas| maps::cover(&vmas, range)) {
             Ok(Ok(pieces)) if pieces.len() > 1 => pieces,
             // One mapping, a gap, or unknown: the kernel's answer stands.
             _ => return failed(range, Errno::ENOENT),

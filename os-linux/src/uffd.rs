@@ -183,6 +183,11 @@ impl Uffd {
         self.0.try_clone().map(Self)
     }
 
+    /// The descriptor.
+    pub(crate) fn into_fd(self) -> OwnedFd {
+        self.0
+    }
+
     fn raw(&self) -> RawFd {
         self.0.as_raw_fd()
     }

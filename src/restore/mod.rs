@@ -208,7 +208,7 @@ pub fn lazy(source: Arc<dyn PageSource>, ram: &Arc<GuestRam>, options: &LazyOpti
 /// As [`lazy`], for a memory of your own. Nobody may run in it yet; `table` has the blocks of `source` in its order.
 ///
 /// # Errors
-/// As [`lazy`]. `filler` is finished then.
+/// As [`lazy`]. `filler` is [undone](RamFiller::undo) then.
 pub fn lazy_with(
     filler: Arc<dyn RamFiller>,
     source: Arc<dyn PageSource>,
@@ -235,11 +235,10 @@ fn begin(
     begun: Instant,
 ) -> Result<LazyRestore, LazyError> {
     let started = options.check().map_err(LazyError::from).and_then(|()| start(&filler, source, table, options, begun));
-    if started.is_err() {
-        // Nobody runs in it yet.
-        if let Err(error) = filler.finish() {
-            log::error!(target: "ramshot::restore", "undoing: {error}");
-        }
+    if started.is_err()
+        && let Err(error) = filler.undo()
+    {
+        log::error!(target: "ramshot::restore", "undoing: {error}");
     }
     started
 }

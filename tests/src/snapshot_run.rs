@@ -165,6 +165,8 @@ pub fn map_into(chain: &Chain, memory: &Memory) -> Result<(), Box<dyn Error>> {
 
 /// A guest that was given back and runs.
 pub struct Running {
+    /// Its memory as ramshot sees it, if pages come in. First, so that it is dropped before the memory is.
+    pub ram: Option<Arc<GuestRam>>,
     /// The guest.
     pub guest: Box<dyn Guest>,
     /// From the call that restores to the guest's first write that can be seen (if it writes; else to its resume).
@@ -173,8 +175,6 @@ pub struct Running {
     pub call: Duration,
     /// What brings its pages in.
     pub lazy: Option<LazyRestore>,
-    /// Its memory as ramshot sees it, if pages come in.
-    pub ram: Option<Arc<GuestRam>>,
 }
 
 impl Running {

@@ -58,7 +58,7 @@ fn lints(shell: &Shell, features: bool) -> Outcome {
 }
 
 fn shim_features(shell: &Shell, userfaultfd: bool) -> Outcome {
-    let features = if userfaultfd { "vm-memory,userfaultfd" } else { "vm-memory" };
+    let features = if userfaultfd { "handoff,vm-memory,userfaultfd" } else { "handoff,vm-memory" };
     Ok(cmd!(shell, "cargo test --package ramshot-linux --features {features} --quiet").run()?)
 }
 

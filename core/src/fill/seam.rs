@@ -56,6 +56,15 @@ pub trait RamFiller: Send + Sync {
     /// Makes the running or the next call of [`next_events`](Self::next_events) return.
     fn interrupt(&self);
 
+    /// The restore did not begin, and nothing was put in: as before it was prepared. By default as
+    /// [`finish`](Self::finish), which is right where nobody runs in the memory yet.
+    ///
+    /// # Errors
+    /// As [`finish`](Self::finish).
+    fn undo(&self) -> Result<(), OsError> {
+        self.finish()
+    }
+
     /// Everything is in: makes what is still not there ordinary memory, which is zero, and lets everybody go on. **Only
     /// when no page is missing that has data.**
     ///

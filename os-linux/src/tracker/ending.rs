@@ -19,10 +19,13 @@ impl Tracker {
     pub(super) fn disarm_one(&self, registration: Registration) -> Result<(), OsError> {
         let range = registration.range;
         let mut result = self.lift_and_end(registration);
+        if result.is_err() && self.ram.owner().has_ended() {
+            return Ok(());
+        }
         if let Err(error) = result {
             // Part of the block may have been unmapped, or something else mapped there. Whatever is still registered
             // is disarmed piece by piece; if that is nothing, nothing is protected either.
-            let pieces = maps::registered_in(range).map_err(|_| error)?;
+            let pieces = maps::registered_in(self.ram.owner(), range).map_err(|_| error)?;
             let disarm = |range| self.lift_and_end(Registration { range, ..registration });
             result = pieces.into_iter().map(disarm).fold(Ok(()), Result::and);
         }

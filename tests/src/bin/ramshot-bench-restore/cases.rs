@@ -188,7 +188,7 @@ fn working(world: &World, chain: &Arc<Chain>, figures: &mut Figures) -> Result<(
             }
         };
         running.lazy.map(|lazy| lazy.finish()).transpose()?;
-        drop(running.guest);
+        drop((running.ram, running.guest));
         let bare = read_some(chain.tip().path(), world.config.working_set)?;
         if n > 1 {
             ours.push(ms(took));
