@@ -100,10 +100,12 @@ fn obey(vm: &Mutex<Vm>, mut socket: &UnixStream) -> Fallible<()> {
 
 fn prepare(vm: &mut Vm, path: &str) -> Fallible<String> {
     let options = Options::default();
-    vm.prepared = Some(match &vm.restore {
+    let prepared = match &vm.restore {
         Some(restore) => restore.prepare(&vm.ram, path, &options)?,
         None => ramshot::prepare(&vm.ram, path, &options)?,
-    });
+    };
+    // Protected while the VM runs, so that the pause is short.
+    vm.prepared = Some(prepared.arm_ahead()?);
     Ok("prepared".to_owned())
 }
 

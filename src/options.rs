@@ -1,5 +1,6 @@
 //! What an embedder can choose.
 
+use std::path::PathBuf;
 use std::sync::Arc;
 
 use ramshot_core::{MAX_SLOTS_PER_CLAIM, PAGE_SIZE, WhenFull};
@@ -26,6 +27,10 @@ pub struct Options {
     pub around_min: u64,
     /// Follows what is written, so that an increment can build on this snapshot, and for pre-copy. Default none.
     pub dirty: Option<Arc<DirtyTracking>>,
+    /// The file to which is written, after the commit, what the guest wrote to around T0, for the prefetcher of a lazy restore
+    /// ([`LazyOptions::order`](crate::LazyOptions::order); [`order_path`](crate::restore::order_path) of the image, usually). A
+    /// restore goes on with it. Default none.
+    pub order: Option<PathBuf>,
     /// Whether an existing snapshot file of that name is replaced (at the commit, atomically). Default no: it is an
     /// error.
     pub replace: bool,
@@ -47,6 +52,7 @@ impl Default for Options {
             around_max: 2 << 20,
             around_min: 64 << 10,
             dirty: None,
+            order: None,
             replace: false,
             sync: true,
             direct: true,

@@ -74,6 +74,7 @@ pub(crate) unsafe fn convert(options: *const Options, size: usize) -> Result<Set
         around_max: or(given.around_max, defaults.around_max),
         around_min: or(given.around_min, defaults.around_min),
         dirty,
+        order: None,
         replace: has(RAMSHOT_REPLACE),
         sync: !has(RAMSHOT_NO_SYNC),
         direct: !has(RAMSHOT_NO_DIRECT),

@@ -35,7 +35,8 @@ mod tests {
     #[test]
     fn nothing_is_handed_over_here() {
         assert!(
-            Handoff::of_this_process(Vec::new(), true).is_err_and(|error| error.to_string().contains("handing guest RAM over"))
+            Handoff::of_this_process(Vec::new(), true)
+                .is_err_and(|error| error.to_string().contains("handing guest RAM over"))
         );
     }
 }

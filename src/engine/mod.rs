@@ -16,6 +16,7 @@ mod tests_shuttle;
 #[cfg(test)]
 mod tests_world;
 mod threads;
+mod written;
 
 use std::time::{Duration, Instant};
 
@@ -25,6 +26,7 @@ use ramshot_core::{
 };
 
 use self::shared::{Core, Shared};
+use self::written::Written;
 use crate::dirty::{AtT0, DirtyError};
 use crate::file::PageState;
 use crate::options::{OptionError, Options};
@@ -179,7 +181,11 @@ fn prepare_sized(parts: Parts, options: &Options, slots: u16, limits: Limits) ->
         return Err(SetupFailed::Dirty(DirtyError::NoBase));
     }
     let shared = Arc::new(Shared::new(tracker, ram, table, slots, limits.slot_pages, dirty));
-    shared.lock().give_zeros = increment;
+    {
+        let mut state = shared.lock();
+        state.give_zeros = increment;
+        state.written = options.order.clone().map(Written::new);
+    }
     let mut running = Running { shared: Arc::clone(&shared), threads: Vec::new(), sink: Some(Arc::new(sink)) };
     running.spawn("ramshot-faults", |shared, _| threads::serve_faults(shared))?;
     for _ in 0..options.workers {
@@ -286,6 +292,10 @@ impl Prepared {
             };
             let table = Arc::clone(&shared.table);
             let mut core = Core::new(table, pending, slots, slot_words, limits).map_err(|_| impossible())?;
+            if let Some(written) = &mut shared.lock().written {
+                let just_before = hot.as_ref().or(at_t0.as_ref().map(|at_t0| &at_t0.pending));
+                just_before.into_iter().for_each(|pages| written.just_before(pages));
+            }
             hot.into_iter().for_each(|hot| core.scan_first(hot));
             Ok((core, at_t0))
         });
@@ -384,13 +394,14 @@ impl Live {
         }
         drop(state);
         running.stop();
-        let state = shared.lock();
+        let mut state = shared.lock();
         if state.cause().is_some() {
             drop(state);
             return Err(running.fail());
         }
         let counts = state.core.as_ref().map(|core| *core.counts()).unwrap_or_default();
         let capture = state.captured_at.map_or(Duration::ZERO, |at| at.duration_since(begun));
+        let written = state.written.take();
         let (pages_zero, foreign_faults, fault_service) =
             (state.pages_zero, state.foreign_faults, state.service.clone());
         drop(state);
@@ -410,6 +421,9 @@ impl Live {
         };
         let image = sink.commit(&meta).map_err(SnapshotFailed::Commit)?;
         log::debug!(target: "ramshot::snapshot", "committed {} bytes", image.image_bytes);
+        if let Some(written) = written {
+            written.save(shared.table.pages());
+        }
         if let (Some(dirty), Some(at_t0)) = (&shared.dirty, &at_t0) {
             dirty.committed(at_t0, image.snapshot);
         }

@@ -9,12 +9,13 @@ use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::time::Instant;
 
 use ramshot_core::{
-    BlockTable, CapturedRun, Cause, Claim, Done, Event, HostAddr, HostRange, Next, OsError, PAGE_SIZE, RamSource,
-    SlotList, Snapshot, Worker, WriteTracker,
+    BlockTable, CapturedRun, Cause, Claim, Done, Event, HostAddr, HostRange, Next, Origin, OsError, PAGE_SIZE,
+    RamSource, SlotList, Snapshot, Worker, WriteTracker,
 };
 
 use super::arm::{self, Ahead};
 use super::pool::{Buffers, Job, Pool, queue};
+use super::written::Written;
 use crate::dirty::DirtyUse;
 use crate::report::Latencies;
 use crate::sink::SinkError;
@@ -67,6 +68,8 @@ pub(crate) struct State {
     pub(crate) faults_starve: bool,
     /// Zero pages have to be said: what is not given is not zero in this image.
     pub(crate) give_zeros: bool,
+    /// What the guest writes to, in order, if somebody wants to know.
+    pub(crate) written: Option<Written>,
     /// Threads that have set themselves up and make ordinary system calls only from here on.
     pub(crate) ready: usize,
     /// To be called by a writer, outside the lock, as soon as `finish` has nothing to wait for but the commit.
@@ -176,6 +179,7 @@ impl Shared {
             early_losses: Vec::new(),
             faults_starve: false,
             give_zeros: false,
+            written: None,
             ready: 0,
             when_done: Vec::with_capacity(DONE_CALLS),
             early_cause: None,
@@ -364,6 +368,11 @@ impl Shared {
             Next::Claim(claim) => state.pool.take(claim),
             _ => Buffers::new(),
         };
+        if let (Next::Claim(claim), Some(written)) = (&next, &mut state.written)
+            && claim.origin() == Origin::Fault
+        {
+            written.push(claim.run());
+        }
         if matches!(next, Next::Ended) {
             // A full pool whose policy is to cancel.
             self.announce_end(state);

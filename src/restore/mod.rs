@@ -9,7 +9,7 @@
 //! true before a discard, and no fault waits for the prefetcher: what that is reading is read again for a fault.
 
 mod lost;
-mod order;
+pub(crate) mod order;
 mod prefetch;
 mod read;
 mod server;
@@ -49,7 +49,8 @@ pub struct LazyOptions {
     /// [`LazyRestore::prefetch`] or [`LazyRestore::finish`] is called.
     pub prefetch: bool,
     /// The file that has the order in which pages were touched last time ([`order_path`] of the image, usually). It is read
-    /// if it is there, and written when the restore is over. Default none: the prefetcher goes from the first page to the last.
+    /// if it is there, and written when the restore is over; a snapshot can have begun it
+    /// ([`Options::order`](crate::Options::order)). Default none: the prefetcher goes from the first page to the last.
     pub order: Option<PathBuf>,
     /// What becomes of a page that cannot be read or is damaged. Default [`WhenLost::Poison`].
     pub when_lost: WhenLost,

@@ -95,7 +95,7 @@ fn parse(bytes: &[u8], pages: u64) -> Result<Arc<[Run]>, String> {
 
 /// Writes the order for the next time, if there is anything new: what came first the last time comes first again, then what
 /// was touched beyond it.
-pub(super) fn save(path: &Path, pages: u64, before: &[Run], touched: &[Run]) {
+pub(crate) fn save(path: &Path, pages: u64, before: &[Run], touched: &[Run]) {
     let Some(runs) = merge(pages, before, touched) else { return };
     if let Err(error) = write(path, &encode(pages, &runs)) {
         log::warn!(target: "ramshot::restore", "order {path:?} is not written: {error}");

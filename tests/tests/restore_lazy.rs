@@ -16,7 +16,7 @@ use ramshot::file::{
 };
 use ramshot::restore::{LazyError, LazyFailed, LostPages, LostWhy, WhenLost, order_path};
 use ramshot::sink::{ImageMeta, PageDigest, Piece};
-use ramshot::{GuestRam, ImageSink, LazyOptions, MapTarget, SnapshotFile, lazy};
+use ramshot::{GuestRam, ImageSink, LazyOptions, MapTarget, Pending, SnapshotFile, lazy};
 use ramshot_tests::{Backing, Memory};
 
 const PAGE: usize = 4096;
@@ -349,6 +349,65 @@ fn the_order_of_the_last_time_is_the_order_of_the_next() {
     bytes[30] ^= 1;
     std::fs::write(&order, bytes).unwrap();
     assert_eq!(first_reads(&order)[0], 0);
+}
+
+/// A file that notes where it is read first.
+struct First(SnapshotFile, Mutex<Option<PageId>>);
+
+impl PageSource for First {
+    fn blocks(&self) -> &[FileBlock] {
+        self.0.blocks()
+    }
+
+    fn pages(&self) -> u64 {
+        self.0.pages()
+    }
+
+    fn extent(&self, first: PageId) -> Option<StateRun> {
+        self.0.extent(first)
+    }
+
+    fn read_run(&self, first: PageId, into: &mut [u8]) -> Result<(), ReadError> {
+        self.1.lock().unwrap().get_or_insert(first);
+        PageSource::read_run(&self.0, first, into)
+    }
+
+    fn device_state(&self) -> &[u8] {
+        self.0.device_state()
+    }
+}
+
+/// Without a restore before it, what the guest wrote around T0 comes first.
+#[test]
+fn the_order_of_the_capture_is_the_order_of_the_first_restore() {
+    // Less than 64 MiB is not armed ahead.
+    const LARGE: u64 = 96 << 20;
+    let dir = tempfile::tempdir().unwrap();
+    let (path, order) = (dir.path().join("vm.ramshot"), dir.path().join("order"));
+    let large = || {
+        let memory = Memory::new(LARGE, Backing::Anon).unwrap();
+        let ram = Arc::new(GuestRam::from_guest_memory(Arc::clone(memory.guest())).unwrap());
+        (memory, ram)
+    };
+    let (live, ram) = large();
+    for page in 0..LARGE / 4096 {
+        live.write(page * 4096, &[1; PAGE]).unwrap();
+    }
+    let options = ramshot::Options { order: Some(order.clone()), ..ramshot::Options::default() };
+    let prepared = ramshot::prepare(&ram, &path, &options).unwrap().arm_ahead().unwrap();
+    let written = 20_000;
+    live.write(written * 4096, &[2; PAGE]).unwrap();
+    prepared.begin(Pending::All, vec![]).unwrap().finish().unwrap();
+
+    for (order, first) in [(None, 0), (Some(order), written / 512 * 512)] {
+        let (restored, ram) = large();
+        let source = Arc::new(First(SnapshotFile::open(&path).unwrap(), Mutex::new(None)));
+        let options = LazyOptions { order, ..LazyOptions::default() };
+        lazy(Arc::clone(&source) as Arc<dyn PageSource>, &ram, &options).unwrap().finish().unwrap();
+        assert_eq!(*source.1.lock().unwrap(), Some(PageId(first)));
+        let bytes: Vec<u8> = [written - 1, written].map(|page| byte(&restored, page)).into();
+        assert_eq!(bytes, [1, 2]);
+    }
 }
 
 /// The image of [`content`] as a file.
