@@ -7,13 +7,13 @@
 //!   [`RamFiller`](ramshot_core::RamFiller).
 //! - [`Handoff`]: guest RAM of another process.
 //! - [`probe`], [`compatible`]: what this system offers and whether each block can be tracked, asked beforehand.
-//! - [`storage`]: file access at offsets.
+//! - [`storage`]: file access at offsets. [`memory`], [`priority`]: what the engine itself runs on.
 //! - [`MapTarget`]: memory that becomes a mapping of a file.
 //! - [`seccomp`]: what a filter must allow.
 //!
 //! All unsafe code of the project's library part stands in this crate: in `uffd` (ioctls), `mapped` (mmap), `ram` and
 //! `anonymous` (guest memory by pointer), `filler`, `populated` (PAGEMAP_SCAN), `event` and `handoff` (descriptors in messages),
-//! `owner` (pidfd), `storage` (statx), `dirty` (KVM's log) and `priority`.
+//! `owner` (pidfd), `storage` (statx), `dirty` (KVM's log), `priority` and `memory`.
 //!
 //! ```
 //! # use std::sync::Arc;
@@ -62,6 +62,7 @@ mod guest_memory;
 mod handoff;
 mod mapped;
 mod maps;
+pub mod memory;
 mod owner;
 mod populated;
 pub mod priority;

@@ -30,6 +30,7 @@ mod error;
 mod filler;
 mod handoff;
 mod mapped;
+pub mod memory;
 pub mod priority;
 mod probe;
 mod ram;

@@ -3,54 +3,48 @@
 
 use std::collections::VecDeque;
 
+use bytes::BytesMut;
 use heapless::Vec as Array;
 use ramshot_core::{Claim, MAX_SLOTS_PER_CLAIM, PAGE_SIZE, PageId, ReleasedRun, SlotId};
 
+use crate::os::memory::prefer_huge_pages;
 use crate::sink::{PageDigest, Piece};
 
 /// One buffer of the pool.
 #[derive(Debug)]
 pub(crate) struct Slot {
-    storage: Vec<u8>,
-    offset: usize,
+    storage: BytesMut,
     digests: Vec<PageDigest>,
 }
 
 const PAGE: usize = 4096;
+/// A huge page: one segment of a direct write, where the kernel has one for us.
+const HUGE: usize = 2 << 20;
+
+/// `pages` pages as bytes.
+fn bytes_of(pages: u64) -> usize {
+    usize::try_from(pages).unwrap_or(usize::MAX).saturating_mul(PAGE)
+}
 
 impl Slot {
-    /// A buffer of `pages` pages, aligned to a page (for direct I/O) and touched (so that capturing never faults).
-    fn new(pages: usize) -> Self {
-        let mut storage = vec![0u8; (pages + 1) * PAGE];
-        storage.iter_mut().step_by(PAGE).for_each(|byte| *byte = 1);
-        let offset = storage.as_ptr().align_offset(PAGE);
-        Self { storage, offset, digests: Vec::with_capacity(pages) }
-    }
-
     /// How many pages it holds.
     pub(crate) fn capacity(&self) -> u64 {
-        (self.storage.len() / PAGE - 1) as u64
+        (self.storage.len() / PAGE) as u64
     }
 
     /// Its first `pages` pages.
     fn bytes(&self, pages: u64) -> &[u8] {
-        self.storage.get(self.span(pages)).unwrap_or_default()
+        self.storage.get(..bytes_of(pages.min(self.capacity()))).unwrap_or_default()
     }
 
     pub(crate) fn bytes_mut(&mut self, pages: u64) -> &mut [u8] {
-        let span = self.span(pages);
-        self.storage.get_mut(span).unwrap_or_default()
-    }
-
-    fn span(&self, pages: u64) -> std::ops::Range<usize> {
-        let bytes = usize::try_from(pages.min(self.capacity())).unwrap_or(0) * PAGE;
-        self.offset..self.offset + bytes
+        let len = bytes_of(pages.min(self.capacity()));
+        self.storage.get_mut(..len).unwrap_or_default()
     }
 
     /// Computes the digests of its first `pages` pages. Returns how many are zero.
     fn digest(&mut self, pages: u64) -> u64 {
-        let span = self.span(pages);
-        let bytes = self.storage.get(span).unwrap_or_default();
+        let bytes = self.storage.get(..bytes_of(pages.min(self.capacity()))).unwrap_or_default();
         self.digests.clear();
         self.digests.extend(bytes.as_chunks::<PAGE>().0.iter().map(PageDigest::of));
         self.digests.iter().filter(|d| **d == PageDigest::Zero).count() as u64
@@ -67,10 +61,19 @@ pub(crate) struct Pool {
 }
 
 impl Pool {
-    /// Allocates and touches `count` buffers of `slot_pages` pages.
+    /// Allocates `count` buffers of `slot_pages` pages, aligned to a page (for direct I/O) and touched (so that capturing never
+    /// faults). They are parts of one allocation, in huge pages where the kernel has some.
     pub(crate) fn new(count: u16, slot_pages: u64) -> Self {
-        let pages = usize::try_from(slot_pages).unwrap_or(usize::MAX);
-        Self { slots: (0..count).map(|_| Some(Box::new(Slot::new(pages)))).collect() }
+        let slot = bytes_of(slot_pages);
+        let len = slot.saturating_mul(usize::from(count));
+        let mut memory = BytesMut::zeroed(len.saturating_add(HUGE));
+        let _ = memory.split_to(memory.as_ptr().align_offset(HUGE).min(HUGE));
+        memory.truncate(len);
+        prefer_huge_pages(&mut memory);
+        memory.iter_mut().step_by(PAGE).for_each(|byte| *byte = 1);
+        let capacity = usize::try_from(slot_pages).unwrap_or(0);
+        let mut slot = || Slot { storage: memory.split_to(slot), digests: Vec::with_capacity(capacity) };
+        Self { slots: (0..count).map(|_| Some(Box::new(slot()))).collect() }
     }
 
     /// The buffers of `claim`.
@@ -134,9 +137,12 @@ mod tests {
     #[test]
     fn slots_are_aligned_for_direct_io() {
         for pages in [1, 16, 512] {
-            let mut slot = Slot::new(pages);
-            assert_eq!(slot.bytes_mut(pages as u64).len(), pages * PAGE);
-            assert_eq!(slot.bytes_mut(pages as u64).as_ptr().align_offset(PAGE), 0);
+            let mut pool = Pool::new(3, pages);
+            for slot in pool.slots.iter_mut().flatten() {
+                assert_eq!(slot.capacity(), pages);
+                let bytes = slot.bytes_mut(pages);
+                assert_eq!((bytes.len(), bytes.as_ptr().align_offset(PAGE)), (bytes_of(pages), 0));
+            }
         }
     }
 }
