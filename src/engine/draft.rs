@@ -18,10 +18,10 @@ impl Prepared {
     /// it always ends. [`begin`](Self::begin) with [`Pending::Dirty`](super::Pending::Dirty) then protects only what was
     /// written since the last draft.
     ///
-    /// For guests that write a lot: it costs the copying of what they write twice, and spares them the faults. T0 is the
-    /// pause, as ever.
+    /// It spares the guest the faults of what it does not write meanwhile, for copying twice what it does. A guest that keeps writing
+    /// all over its memory is better off without: the log costs it a fault for each page as well. T0 is the pause, as ever.
     ///
-    /// Needs [`Options::dirty`](crate::Options::dirty). Not to be combined with [`arm_ahead`](Self::arm_ahead).
+    /// Needs [`Options::dirty`](crate::Options::dirty). [`arm_ahead`](Self::arm_ahead) belongs after it.
     ///
     /// # Errors
     /// There is no dirty tracking; a page or a log cannot be read; the image cannot be written. Everything is undone.

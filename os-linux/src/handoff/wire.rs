@@ -244,17 +244,16 @@ fn receive_message(mut socket: &UnixStream) -> Result<(Vec<u8>, Vec<OwnedFd>), H
             Err(nix::Error::EINTR) => continue,
             result => result.map_err(|errno| failed(errno.into()))?,
         };
+        if message.flags.contains(MsgFlags::MSG_CTRUNC) {
+            let text = "descriptors of the message were lost: this process may open no more (ulimit -n)";
+            return Err(HandoffError::Invalid(text.into()));
+        }
         let mut fds = Vec::new();
-        let cut = message.flags.contains(MsgFlags::MSG_CTRUNC);
         for control in message.cmsgs().map_err(|errno| failed(errno.into()))? {
             if let ControlMessageOwned::ScmRights(numbers) = control {
                 // SAFETY: the kernel has just made these descriptors for us; nobody else knows them.
                 fds.extend(numbers.into_iter().map(|fd| unsafe { OwnedFd::from_raw_fd(fd) }));
             }
-        }
-        if cut {
-            let text = "descriptors of the message were lost: this process may open no more (ulimit -n)";
-            return Err(HandoffError::Invalid(text.into()));
         }
         break (message.bytes, fds);
     };
