@@ -19,7 +19,8 @@ pub(crate) fn release() -> Outcome {
     let shell = setup::shell()?;
     test::step("dependencies: licences, advisories, sources", || {
         tool(&shell, "cargo-deny")?;
-        Ok(cmd!(shell, "cargo deny --all-features check").run()?)
+        cmd!(shell, "cargo deny --all-features check licenses bans sources").run()?;
+        advisories(&shell)
     })?;
     test::step("the API against the last release", || api(&shell))?;
     test::step("packages", || packages(&shell))
@@ -31,6 +32,15 @@ fn tool(shell: &Shell, name: &str) -> Outcome {
         return Ok(());
     }
     Ok(cmd!(shell, "cargo install --quiet --locked {name}").run()?)
+}
+
+/// Known vulnerabilities, if their list can be had here.
+fn advisories(shell: &Shell) -> Outcome {
+    if cmd!(shell, "cargo deny --all-features fetch db").quiet().ignore_stdout().ignore_stderr().run().is_err() {
+        setup::skipped("known vulnerabilities", "the advisory database cannot be fetched");
+        return Ok(());
+    }
+    Ok(cmd!(shell, "cargo deny --all-features check advisories").run()?)
 }
 
 /// Semantic versioning, crate by crate, against the newest tag of a release.
