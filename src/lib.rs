@@ -54,8 +54,8 @@ pub use options::{OptionError, Options};
 #[cfg(all(feature = "handoff", target_os = "linux"))]
 pub use os::HandoffError;
 pub use os::{
-    AnonymousRam, Filler, FillerOptions, GuestRam, Handoff, KvmDirtyLog, KvmSlot, MapTarget, Missing, Probe, RamError,
-    Region, RegionFile, TrackError, Tracker, TrackerOptions, compatible, probe, seccomp,
+    AnonymousRam, Filler, FillerOptions, GuestRam, Handoff, KvmDirtyLog, KvmDirtyRing, KvmSlot, MapTarget, Missing,
+    Probe, RamError, Region, RegionFile, TrackError, Tracker, TrackerOptions, compatible, probe, seccomp,
 };
 pub use prepare::{PrepareError, prepare, prepare_increment};
 pub use ramshot_core as core;

@@ -1,5 +1,7 @@
 //! KVM's dirty log: which guest memory the vCPUs, and KVM itself, have written.
 
+mod ring;
+
 use std::fmt;
 use std::os::fd::{AsFd, AsRawFd, OwnedFd};
 use std::sync::{Mutex, PoisonError};
@@ -8,6 +10,8 @@ use nix::errno::Errno;
 use ramshot_core::{DirtyLog, HostAddr, HostRange, OsError, PAGE_SIZE};
 
 use crate::uapi::{self, KvmDirtyLogArg};
+
+pub use ring::KvmDirtyRing;
 
 /// A memory slot of a KVM VM, as the VMM registered it (`KVM_SET_USER_MEMORY_REGION`) with `KVM_MEM_LOG_DIRTY_PAGES`.
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
@@ -25,7 +29,7 @@ pub struct KvmSlot {
 ///
 /// The VMM switches logging on, slot by slot, with the flag `KVM_MEM_LOG_DIRTY_PAGES`. It splits KVM's huge mappings. It
 /// does not see what the VMM itself writes: that is for [`DirtyTracking::mark`] or a bitmap of the VMM's own. A VM that
-/// uses the dirty *ring* has no dirty log; its VMM implements [`DirtyLog`] on the ring, which it reads anyway.
+/// uses the dirty *ring* has no dirty log: [`KvmDirtyRing`].
 ///
 /// [`DirtyTracking::mark`]: https://docs.rs/ramshot
 pub struct KvmDirtyLog {
@@ -66,7 +70,7 @@ impl DirtyLog for KvmDirtyLog {
                 let range = HostRange::new(slot.host, slot.len);
                 let op = match errno {
                     Errno::ENOENT => "KVM_GET_DIRTY_LOG (the slot is unknown, or has no KVM_MEM_LOG_DIRTY_PAGES)",
-                    Errno::ENXIO => "KVM_GET_DIRTY_LOG (this VM uses the dirty ring)",
+                    Errno::ENXIO => "KVM_GET_DIRTY_LOG (this VM uses the dirty ring: KvmDirtyRing)",
                     _ => "KVM_GET_DIRTY_LOG",
                 };
                 return Err(OsError::new(op, errno as i32).on(range));

@@ -36,7 +36,7 @@ pub use wire::HandoffError;
 ///   to be ended.
 /// - **If the VMM dies,** the snapshot fails, no image is left, and the handler's calls return.
 /// - Reading is by system call: see [`GuestRam::from_handoff`](crate::GuestRam::from_handoff) for what it takes. A
-///   [`KvmDirtyLog`](crate::KvmDirtyLog) belongs to the process that has the VM, so increments take a
+///   [`KvmDirtyLog`](crate::KvmDirtyLog) or [`KvmDirtyRing`](crate::KvmDirtyRing) belongs to the process that has the VM, so increments take a
 ///   [`DirtyLog`](ramshot_core::DirtyLog) of your own.
 #[derive(Debug)]
 pub struct Handoff {

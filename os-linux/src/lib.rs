@@ -78,7 +78,7 @@ mod uapi;
 mod uffd;
 
 pub use anonymous::AnonymousRam;
-pub use dirty::{KvmDirtyLog, KvmSlot};
+pub use dirty::{KvmDirtyLog, KvmDirtyRing, KvmSlot};
 pub use error::{Missing, RamError, TrackError};
 pub use filler::{Filler, FillerOptions};
 pub use handoff::Handoff;

@@ -48,6 +48,7 @@ pub const RUNNING: &[Rule] = &[
     Rule::ioctl(uapi::request::UFFDIO_REGISTER, "UFFDIO_REGISTER: what was released that way is taken back"),
     Rule::ioctl(uapi::request::PAGEMAP_SCAN, "PAGEMAP_SCAN: what is populated (Linux 6.7)"),
     Rule::ioctl(uapi::request::KVM_GET_DIRTY_LOG, "KVM_GET_DIRTY_LOG: increments and pre-copy with KvmDirtyLog"),
+    Rule::ioctl(uapi::request::KVM_RESET_DIRTY_RINGS, "KVM_RESET_DIRTY_RINGS: the same with KvmDirtyRing"),
     rule!(read, SYS_read, "events of the userfaultfd, interrupts"),
     rule!(write, SYS_write, "interrupts of the thread that waits for events (an eventfd)"),
     #[cfg(target_arch = "x86_64")]

@@ -191,6 +191,18 @@ pub(crate) struct PmScanArg {
     pub(crate) return_mask: u64,
 }
 
+/// `struct kvm_dirty_gfn` (linux/kvm.h): one entry of a dirty ring.
+#[repr(C)]
+#[derive(Clone, Copy, Debug, Default)]
+pub(crate) struct KvmDirtyGfn {
+    pub(crate) flags: u32,
+    pub(crate) slot: u32,
+    pub(crate) offset: u64,
+}
+
+/// Where a vCPU's ring is mapped from, in pages (`KVM_DIRTY_LOG_PAGE_OFFSET` of x86 and arm64).
+pub(crate) const KVM_DIRTY_LOG_PAGE_OFFSET: u64 = 64;
+
 /// `struct kvm_dirty_log` (linux/kvm.h)
 #[repr(C)]
 #[derive(Debug, Default)]
@@ -228,6 +240,7 @@ nix::ioctl_readwrite!(ioctl_continue, UFFDIO, NR_CONTINUE, UffdioContinue);
 nix::ioctl_readwrite!(ioctl_poison, UFFDIO, NR_POISON, UffdioPoison);
 nix::ioctl_readwrite!(ioctl_pagemap_scan, b'f', 16, PmScanArg);
 nix::ioctl_write_ptr!(ioctl_get_dirty_log, 0xAE, 0x42, KvmDirtyLogArg);
+nix::ioctl_none!(ioctl_reset_dirty_rings, 0xAE, 0xC7);
 
 /// The numbers of the ioctls of a snapshot as a seccomp filter sees them: 32 bits.
 #[allow(clippy::cast_possible_truncation, clippy::cast_sign_loss)] // They have 32 bits; musl's type for them is signed.
@@ -244,6 +257,7 @@ pub(crate) mod request {
         request_code_readwrite!(UFFDIO, NR_WRITEPROTECT, size_of::<UffdioWriteprotect>()) as u32;
     pub(crate) const PAGEMAP_SCAN: u32 = request_code_readwrite!(b'f', 16, size_of::<PmScanArg>()) as u32;
     pub(crate) const KVM_GET_DIRTY_LOG: u32 = request_code_write!(0xAE, 0x42, size_of::<KvmDirtyLogArg>()) as u32;
+    pub(crate) const KVM_RESET_DIRTY_RINGS: u32 = request_code_none!(0xAE, 0xC7) as u32;
 }
 
 const _: () = {
@@ -257,6 +271,7 @@ const _: () = {
     assert!(size_of::<PageRegion>() == 24);
     assert!(size_of::<PmScanArg>() == 96);
     assert!(size_of::<KvmDirtyLogArg>() == 16);
+    assert!(size_of::<KvmDirtyGfn>() == 16);
 };
 
 // The literals below are those of the generic ioctl encoding (x86, arm, riscv, s390, loongarch). mips, powerpc and

@@ -35,6 +35,34 @@ impl DirtyLog for KvmDirtyLog {
     }
 }
 
+/// KVM's dirty rings: there are none here, so there is no value of this type.
+#[derive(Clone, Debug)]
+pub enum KvmDirtyRing {}
+
+impl KvmDirtyRing {
+    /// Not here.
+    ///
+    /// # Errors
+    /// [`Unsupported`](io::ErrorKind::Unsupported), always.
+    pub fn new<V, C>(_vm: V, _vcpus: C, _bytes: usize, _slots: Vec<KvmSlot>) -> io::Result<Self> {
+        Err(io::Error::new(io::ErrorKind::Unsupported, "KVM's dirty rings are not on this system: only Linux has KVM"))
+    }
+
+    /// Never.
+    ///
+    /// # Errors
+    /// None.
+    pub fn harvest(&self) -> Result<(), OsError> {
+        match *self {}
+    }
+}
+
+impl DirtyLog for KvmDirtyRing {
+    fn take(&self, _each: &mut dyn FnMut(HostRange)) -> Result<(), OsError> {
+        match *self {}
+    }
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;
@@ -42,5 +70,7 @@ mod tests {
     #[test]
     fn there_is_no_kvm_here() {
         assert_eq!(KvmDirtyLog::new((), Vec::new()).err().map(|error| error.kind()), Some(io::ErrorKind::Unsupported));
+        let ring = KvmDirtyRing::new((), (), 0, Vec::new());
+        assert_eq!(ring.err().map(|error| error.kind()), Some(io::ErrorKind::Unsupported));
     }
 }

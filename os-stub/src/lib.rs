@@ -39,7 +39,7 @@ pub mod storage;
 mod tracker;
 
 pub use anonymous::AnonymousRam;
-pub use dirty::{KvmDirtyLog, KvmSlot};
+pub use dirty::{KvmDirtyLog, KvmDirtyRing, KvmSlot};
 pub use error::{Missing, RamError, TrackError};
 pub use filler::{Filler, FillerOptions};
 pub use handoff::Handoff;

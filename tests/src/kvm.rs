@@ -1,15 +1,15 @@
 //! A KVM virtual machine that runs the guest image: RAM, vCPUs with local APICs, a serial port to write to. No other device.
 
-use std::os::fd::{AsRawFd, BorrowedFd};
+use std::os::fd::{AsRawFd, BorrowedFd, RawFd};
 use std::sync::{Arc, Mutex, PoisonError};
 use std::time::{Duration, Instant};
 
 use kvm_bindings::{
-    KVM_CAP_SPLIT_IRQCHIP, KVM_MAX_CPUID_ENTRIES, KVM_MEM_LOG_DIRTY_PAGES, kvm_enable_cap, kvm_segment,
-    kvm_userspace_memory_region,
+    KVM_CAP_DIRTY_LOG_RING_ACQ_REL, KVM_CAP_SPLIT_IRQCHIP, KVM_MAX_CPUID_ENTRIES, KVM_MEM_LOG_DIRTY_PAGES,
+    kvm_enable_cap, kvm_segment, kvm_userspace_memory_region,
 };
 use kvm_ioctls::{Cap, Kvm, VcpuFd, VmFd};
-use ramshot::{DirtyLog, HostAddr, KvmDirtyLog, KvmSlot};
+use ramshot::{DirtyLog, HostAddr, KvmDirtyLog, KvmDirtyRing, KvmSlot};
 use ramshot_images::{EXCEPTION_LINE, IMAGE};
 
 use crate::gate::Gate;
@@ -17,7 +17,7 @@ use crate::guest::{Guest, GuestConfig, GuestError, Talk};
 use crate::loader::{self, Entry};
 use crate::memory::Memory;
 use crate::state::{self, kvm_error};
-use crate::vcpu::{Console, VcpuThread};
+use crate::vcpu::{Console, Rings, VcpuThread};
 
 const STATE_MAGIC: &[u8; 8] = b"rskvm\0\0\x01";
 const BOOT_PATIENCE: Duration = Duration::from_secs(120);
@@ -49,6 +49,11 @@ pub struct KvmGuest {
     tsc_khz: u32,
     gate: Arc<Gate>,
     console: Console,
+    rings: Rings,
+    /// Bytes of each ring, if the VM has rings.
+    ring_bytes: Option<usize>,
+    /// A vCPU that runs is locked.
+    vcpu_fds: Vec<RawFd>,
     talk: Talk,
     config: GuestConfig,
 }
@@ -69,6 +74,23 @@ impl KvmGuest {
     /// # Errors
     /// As [`new`](Self::new).
     pub fn with_lapic(memory: Arc<Memory>, config: GuestConfig, lapic: bool) -> Result<Self, GuestError> {
+        Self::with(memory, config, lapic, None)
+    }
+
+    /// The same with dirty rings of so many bytes instead of the dirty log, and local APICs in the kernel.
+    ///
+    /// # Errors
+    /// As [`new`](Self::new); KVM has no rings of that size.
+    pub fn with_dirty_rings(memory: Arc<Memory>, config: GuestConfig, bytes: usize) -> Result<Self, GuestError> {
+        Self::with(memory, config, true, Some(bytes))
+    }
+
+    fn with(
+        memory: Arc<Memory>,
+        config: GuestConfig,
+        lapic: bool,
+        ring_bytes: Option<usize>,
+    ) -> Result<Self, GuestError> {
         config.check()?;
         let kvm = Kvm::new().map_err(kvm_error("opening /dev/kvm"))?;
         let vm = kvm.create_vm().map_err(kvm_error("KVM_CREATE_VM"))?;
@@ -79,7 +101,13 @@ impl KvmGuest {
                 kvm_enable_cap { cap: KVM_CAP_SPLIT_IRQCHIP, args: [IOAPIC_PINS, 0, 0, 0], ..Default::default() };
             vm.enable_cap(&split).map_err(kvm_error("KVM_CAP_SPLIT_IRQCHIP"))?;
         }
+        if let Some(bytes) = ring_bytes {
+            let cap = KVM_CAP_DIRTY_LOG_RING_ACQ_REL;
+            let ring = kvm_enable_cap { cap, args: [bytes as u64, 0, 0, 0], ..Default::default() };
+            vm.enable_cap(&ring).map_err(kvm_error("KVM_CAP_DIRTY_LOG_RING_ACQ_REL"))?;
+        }
         let vcpus = (0..config.vcpus).map(|index| create_vcpu(&kvm, &vm, index)).collect::<Result<Vec<_>, _>>()?;
+        let vcpu_fds = vcpus.iter().map(AsRawFd::as_raw_fd).collect();
         let msrs = kvm.get_msr_index_list().map_err(kvm_error("KVM_GET_MSR_INDEX_LIST"))?;
         let tsc_khz = vcpus.first().map_or(Ok(0), VcpuFd::get_tsc_khz).map_err(kvm_error("KVM_GET_TSC_KHZ"))?;
         Ok(Self {
@@ -91,9 +119,28 @@ impl KvmGuest {
             tsc_khz,
             gate: Arc::new(Gate::new(config.vcpus)),
             console: Console::default(),
+            rings: Rings::default(),
+            ring_bytes,
+            vcpu_fds,
             talk: Talk::new(memory),
             config,
         })
+    }
+
+    fn slots(&self) -> Vec<KvmSlot> {
+        let slots = (0..).zip(self.talk.memory().regions());
+        slots.map(|(slot, region)| KvmSlot { slot, host: HostAddr(region.host), len: region.len }).collect()
+    }
+
+    /// Its dirty rings, taken to have so many bytes.
+    ///
+    /// # Errors
+    /// ramshot's.
+    pub fn rings_of(&self, bytes: usize) -> std::io::Result<KvmDirtyRing> {
+        // SAFETY: descriptors of the VM and its vCPUs, open as long as those are.
+        let fd = |raw| unsafe { BorrowedFd::borrow_raw(raw) };
+        let vcpus = self.vcpu_fds.iter().map(|&vcpu| fd(vcpu));
+        KvmDirtyRing::new(fd(self.vm.as_raw_fd()), vcpus, bytes, self.slots())
     }
 
     fn command_line(&self) -> String {
@@ -118,7 +165,7 @@ impl KvmGuest {
         let mut threads = self.threads.lock().unwrap_or_else(PoisonError::into_inner);
         for (index, vcpu) in (0..).zip(&self.vcpus) {
             let (vcpu, gate, console) = (Arc::clone(vcpu), Arc::clone(&self.gate), Arc::clone(&self.console));
-            threads.push(VcpuThread::spawn(index, vcpu, gate, console)?);
+            threads.push(VcpuThread::spawn(index, vcpu, gate, console, Arc::clone(&self.rings))?);
         }
         Ok(())
     }
@@ -210,12 +257,17 @@ fn set_slots(vm: &VmFd, memory: &Memory, flags: u32) -> Result<(), GuestError> {
 
 impl Guest for KvmGuest {
     fn dirty_logs(&self) -> Result<Vec<Box<dyn DirtyLog>>, GuestError> {
+        // Before the first page is logged, or a full ring could not be emptied.
+        let rings = self.ring_bytes.map(|bytes| self.rings_of(bytes)).transpose();
+        let rings = rings.map_err(|source| GuestError::Kvm { what: "the dirty rings", source })?;
         set_slots(&self.vm, self.talk.memory(), KVM_MEM_LOG_DIRTY_PAGES)?;
-        let slots = (0..).zip(self.talk.memory().regions());
-        let slots = slots.map(|(slot, region)| KvmSlot { slot, host: HostAddr(region.host), len: region.len });
+        if let Some(rings) = rings {
+            let rings = self.rings.get_or_init(|| rings).clone();
+            return Ok(vec![Box::new(rings), Box::new(self.talk.written_by_us()?)]);
+        }
         // SAFETY: the descriptor is open as long as the VM is.
         let vm = unsafe { BorrowedFd::borrow_raw(self.vm.as_raw_fd()) };
-        let log = KvmDirtyLog::new(vm, slots.collect());
+        let log = KvmDirtyLog::new(vm, self.slots());
         let log = log.map_err(|source| GuestError::Kvm { what: "the VM's descriptor", source })?;
         Ok(vec![Box::new(log), Box::new(self.talk.written_by_us()?)])
     }

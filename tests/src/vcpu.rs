@@ -6,11 +6,12 @@ use std::io;
 use std::os::unix::thread::JoinHandleExt;
 use std::ptr;
 use std::sync::atomic::{Ordering, compiler_fence};
-use std::sync::{Arc, Mutex, Once, PoisonError};
+use std::sync::{Arc, Mutex, Once, OnceLock, PoisonError};
 use std::thread::JoinHandle;
 
 use kvm_bindings::kvm_run;
 use kvm_ioctls::{VcpuExit, VcpuFd};
+use ramshot::KvmDirtyRing;
 use ramshot_images::{IDLE_PORT, SERIAL_PORT};
 
 use crate::gate::Gate;
@@ -18,6 +19,12 @@ use crate::guest::GuestError;
 
 /// What the guest wrote to its serial port.
 pub(crate) type Console = Arc<Mutex<Vec<u8>>>;
+
+/// The dirty rings of the VM, if it has some.
+pub(crate) type Rings = Arc<OnceLock<KvmDirtyRing>>;
+
+/// `KVM_EXIT_DIRTY_RING_FULL`, which kvm-ioctls does not know.
+const RING_FULL: u32 = 31;
 
 /// A thread that runs a vCPU.
 #[derive(Debug)]
@@ -33,11 +40,12 @@ impl VcpuThread {
         vcpu: Arc<Mutex<VcpuFd>>,
         gate: Arc<Gate>,
         console: Console,
+        rings: Rings,
     ) -> Result<Self, GuestError> {
         install_kick();
         let body = move || {
             let leaver = Leaver { gate: &gate, why: Some(format!("the thread of vCPU {index} panicked")) };
-            let ended = run(&vcpu, &gate, &console).err().map(|why| format!("vCPU {index}: {why}"));
+            let ended = run(&vcpu, &gate, &console, &rings).err().map(|why| format!("vCPU {index}: {why}"));
             leaver.leave(ended);
         };
         let handle = std::thread::Builder::new().name(format!("vcpu-{index}")).spawn(body);
@@ -110,18 +118,18 @@ fn install_kick() {
 }
 
 /// The life of the thread. `Err`: why the guest cannot go on.
-fn run(vcpu: &Mutex<VcpuFd>, gate: &Gate, console: &Console) -> Result<(), String> {
+fn run(vcpu: &Mutex<VcpuFd>, gate: &Gate, console: &Console, rings: &Rings) -> Result<(), String> {
     while gate.pass() {
         let mut vcpu = vcpu.lock().unwrap_or_else(PoisonError::into_inner);
         RUN.set(ptr::from_mut(vcpu.get_kvm_run()));
-        let ended = run_until_closed(&mut vcpu, gate, console);
+        let ended = run_until_closed(&mut vcpu, gate, console, rings);
         RUN.set(ptr::null_mut());
         ended?;
     }
     Ok(())
 }
 
-fn run_until_closed(vcpu: &mut VcpuFd, gate: &Gate, console: &Console) -> Result<(), String> {
+fn run_until_closed(vcpu: &mut VcpuFd, gate: &Gate, console: &Console, rings: &Rings) -> Result<(), String> {
     loop {
         vcpu.set_kvm_immediate_exit(0);
         // A kick after this line makes KVM_RUN return at once; one before it was sent after the gate was closed.
@@ -129,12 +137,12 @@ fn run_until_closed(vcpu: &mut VcpuFd, gate: &Gate, console: &Console) -> Result
         if gate.is_closed() {
             break;
         }
-        enter(vcpu, console)?;
+        enter(vcpu, console, rings)?;
     }
     // A port access is finished by the next KVM_RUN only: do that without running the guest, else registers that are
     // saved now would lack its result.
     vcpu.set_kvm_immediate_exit(1);
-    while enter(vcpu, console)? == Entered::Exit {}
+    while enter(vcpu, console, rings)? == Entered::Exit {}
     vcpu.set_kvm_immediate_exit(0);
     Ok(())
 }
@@ -147,7 +155,7 @@ enum Entered {
     Interrupted,
 }
 
-fn enter(vcpu: &mut VcpuFd, console: &Console) -> Result<Entered, String> {
+fn enter(vcpu: &mut VcpuFd, console: &Console, rings: &Rings) -> Result<Entered, String> {
     match vcpu.run() {
         Ok(VcpuExit::IoOut(SERIAL_PORT, bytes)) => {
             console.lock().unwrap_or_else(PoisonError::into_inner).extend_from_slice(bytes);
@@ -163,6 +171,10 @@ fn enter(vcpu: &mut VcpuFd, console: &Console) -> Result<Entered, String> {
         Ok(VcpuExit::Hlt) => return Err(halted(console)),
         Ok(VcpuExit::Shutdown) => return Err("shut down (triple fault)".to_owned()),
         Ok(VcpuExit::InternalError) => return Err(internal_error(vcpu)),
+        Ok(VcpuExit::Unsupported(RING_FULL)) => {
+            let rings = rings.get().ok_or("its dirty ring is full, and nobody reads it")?;
+            rings.harvest().map_err(|error| error.to_string())?;
+        }
         Ok(exit) => return Err(format!("KVM_RUN returned {exit:?}")),
         // EAGAIN: a vCPU that waited for its SIPI got something else.
         Err(error) if error.errno() == libc::EINTR || error.errno() == libc::EAGAIN => {
