@@ -101,15 +101,16 @@ fn matrix() -> Outcome {
         "--mem 256M --vcpus 1 --workload seq --working-set 128M --backing memfd --accel threads --pool 4M",
         "--mem 256M --vcpus 2 --workload random --backing anon --mode precopy --restore mapped --pool 4M",
         "--mem 256M --vcpus 1 --workload seq --backing memfd --mode precopy --pool 4M",
-        "--mem 128M --vcpus 2 --workload random --working-set 16M --backing anon --mode incremental --pool 4M --chain 10 --restore lazy --again",
-        "--mem 128M --vcpus 1 --workload seq --working-set 8M --backing anon --mode incremental --pool 4M --chain 10 --restore mapped",
-        "--mem 128M --vcpus 1 --workload random --working-set 8M --backing anon --mode incremental --pool 4M --chain 10",
-        "--mem 128M --vcpus 1 --workload seq --working-set 8M --backing memfd --mode incremental --pool 4M --chain 2 --restore lazy",
-        "--mem 128M --vcpus 1 --workload random --working-set 8M --backing thp --mode incremental --pool 4M --chain 2 --restore mapped",
-        "--mem 128M --vcpus 1 --workload random --working-set 8M --backing thp --mode incremental --pool 4M --chain 1",
-        "--mem 128M --vcpus 1 --workload random --working-set 8M --backing hugetlb --mode incremental --pool 4M --chain 2",
+        "--mem 128M --vcpus 2 --workload random --working-set 32M --backing anon --mode incremental --pool 4M --chain 10 --restore lazy --again",
+        "--mem 128M --vcpus 1 --workload seq --working-set 32M --backing anon --mode incremental --pool 4M --chain 10 --restore mapped",
+        "--mem 128M --vcpus 1 --workload random --working-set 32M --backing anon --mode incremental --pool 4M --chain 10",
+        "--mem 128M --vcpus 1 --workload seq --working-set 32M --backing memfd --mode incremental --pool 4M --chain 2 --restore lazy",
+        "--mem 128M --vcpus 1 --workload random --working-set 32M --backing thp --mode incremental --pool 4M --chain 2 --restore mapped",
+        "--mem 128M --vcpus 1 --workload random --working-set 32M --backing thp --mode incremental --pool 4M --chain 1",
+        "--mem 128M --vcpus 1 --workload random --working-set 32M --backing hugetlb --mode incremental --pool 4M --chain 2",
     ];
-    // A small pool: the scan cannot be through before the guest has written, and a run without a fault proves nothing.
+    // A small pool and a working set of many times that: the scan, which takes it first, cannot be through before the guest has
+    // written, and a run without a fault proves nothing.
     let kvm = std::fs::File::options().read(true).write(true).open("/dev/kvm").is_ok();
     for case in cases {
         println!("-- e2e {case}");
