@@ -58,8 +58,7 @@ impl Adopted {
 
     /// Another descriptor of it, and what it can do.
     pub(crate) fn duplicate(&self) -> Result<(Uffd, u64), OsError> {
-        let failed = |error: std::io::Error| OsError::new("fcntl F_DUPFD_CLOEXEC", error.raw_os_error().unwrap_or(0));
-        Ok((self.uffd.duplicate().map_err(failed)?, self.features))
+        Ok((self.uffd.duplicate()?, self.features))
     }
 
     /// What it can do.

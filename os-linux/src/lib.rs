@@ -13,7 +13,7 @@
 //!
 //! All unsafe code of the project's library part stands in this crate: in `uffd` (ioctls), `mapped` (mmap), `ram` and
 //! `anonymous` (guest memory by pointer), `filler`, `populated` (PAGEMAP_SCAN), `event` and `handoff` (descriptors in messages),
-//! `owner` (pidfd), `storage` (statx), `dirty` (KVM's log), `priority` and `memory`.
+//! `owner` (pidfd), `storage` (statx), `dirty` (KVM's log and rings), `priority` and `memory`.
 //!
 //! ```
 //! # use std::sync::Arc;

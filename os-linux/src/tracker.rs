@@ -129,10 +129,7 @@ impl Tracker {
         ram: Arc<GuestRam>,
         options: &TrackerOptions,
     ) -> Result<Self, TrackError> {
-        let duplicate = uffd
-            .duplicate()
-            .map_err(|error| OsError::new("fcntl F_DUPFD_CLOEXEC", error.raw_os_error().unwrap_or(0)))?;
-        Self::start(duplicate, features, Some(relay), ram, options, |_| uapi::REGISTER_MODE_MISSING)
+        Self::start(uffd.duplicate()?, features, Some(relay), ram, options, |_| uapi::REGISTER_MODE_MISSING)
     }
 
     /// Takes over a userfaultfd of this process on which UFFDIO_API has been called: the one that a lazy restore runs

@@ -5,7 +5,7 @@ use std::fs::File;
 use std::os::fd::{AsFd, AsRawFd, BorrowedFd, FromRawFd, OwnedFd, RawFd};
 
 use nix::errno::Errno;
-use ramshot_core::{HostAddr, HostRange};
+use ramshot_core::{HostAddr, HostRange, OsError};
 
 use crate::uapi::{
     self, UffdioApi, UffdioCopy, UffdioPoison, UffdioRange, UffdioRegister, UffdioWriteprotect, UffdioZeropage,
@@ -179,8 +179,9 @@ impl Uffd {
     }
 
     /// Another descriptor of the same context.
-    pub(crate) fn duplicate(&self) -> std::io::Result<Self> {
-        self.0.try_clone().map(Self)
+    pub(crate) fn duplicate(&self) -> Result<Self, OsError> {
+        let failed = |error: std::io::Error| OsError::new("fcntl F_DUPFD_CLOEXEC", error.raw_os_error().unwrap_or(0));
+        self.0.try_clone().map(Self).map_err(failed)
     }
 
     /// The descriptor.

@@ -293,8 +293,7 @@ impl Prepared {
             let table = Arc::clone(&shared.table);
             let mut core = Core::new(table, pending, slots, slot_words, limits).map_err(|_| impossible())?;
             if let Some(written) = &mut shared.lock().written {
-                let just_before = hot.as_ref().or(at_t0.as_ref().map(|at_t0| &at_t0.pending));
-                just_before.into_iter().for_each(|pages| written.just_before(pages));
+                written.just_before = hot.as_ref().or(at_t0.as_ref().map(|at_t0| &at_t0.pending)).cloned();
             }
             hot.into_iter().for_each(|hot| core.scan_first(hot));
             Ok((core, at_t0))

@@ -165,6 +165,20 @@ fn checks_itself(guest: &dyn Guest) {
     assert_eq!(problems, [""; 0]);
 }
 
+/// The image, with the state that goes with it, runs.
+#[track_caller]
+fn is_a_vm(file: &SnapshotFile, state: &[u8], accel: Accel, backing: Backing) {
+    let memory = Memory::new(MEM, backing).unwrap();
+    let ram = GuestRam::from_guest_memory(Arc::clone(memory.guest())).unwrap();
+    file.restore_into(ram.table(), &ram, 1).unwrap();
+    drop(ram);
+    let guest = new_guest(accel, memory, config()).unwrap();
+    guest.restore(state).unwrap();
+    guest.resume().unwrap();
+    writes_on(guest.as_ref());
+    checks_itself(guest.as_ref());
+}
+
 #[test]
 fn another_process_takes_live_snapshots_that_are_memory_at_t0() {
     for accel in accels() {
@@ -189,16 +203,7 @@ fn another_process_takes_live_snapshots_that_are_memory_at_t0() {
                 assert_eq!((verified.mismatched, verified.pages), (0, MEM / 4096), "{accel:?} {backing}");
                 assert!(!registered(&memory, "uw"), "{accel:?} {backing}");
 
-                // The image is a VM.
-                let fresh = Memory::new(MEM, backing).unwrap();
-                let ram = GuestRam::from_guest_memory(Arc::clone(fresh.guest())).unwrap();
-                file.restore_into(ram.table(), &ram, 1).unwrap();
-                drop(ram);
-                let restored = new_guest(accel, fresh, config()).unwrap();
-                restored.restore(&state).unwrap();
-                restored.resume().unwrap();
-                writes_on(restored.as_ref());
-                checks_itself(restored.as_ref());
+                is_a_vm(&file, &state, accel, backing);
             }
             assert!(faults > 0, "{accel:?} {backing}: this proved nothing");
             // Without a word the VMM closes the socket.
@@ -283,14 +288,7 @@ fn another_process_restores_lazily_and_snapshots_meanwhile() {
             writes_on(guest.as_ref());
             drop(guest);
 
-            let fresh = Memory::new(MEM, backing).unwrap();
-            let ram = GuestRam::from_guest_memory(Arc::clone(fresh.guest())).unwrap();
-            file.restore_into(ram.table(), &ram, 1).unwrap();
-            drop(ram);
-            let restored = new_guest(accel, fresh, config()).unwrap();
-            restored.restore(&state).unwrap();
-            restored.resume().unwrap();
-            checks_itself(restored.as_ref());
+            is_a_vm(&file, &state, accel, backing);
         }
     }
 }

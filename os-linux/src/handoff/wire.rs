@@ -67,7 +67,7 @@ struct Mapping {
     file: Option<(usize, u64)>,
 }
 
-#[derive(Clone, Copy, Debug, Serialize, Deserialize)]
+#[derive(Clone, Copy, PartialEq, Eq, Debug, Serialize, Deserialize)]
 #[serde(rename_all = "snake_case")]
 enum Kind {
     Tracked,
@@ -183,9 +183,9 @@ impl Handoff {
                     Some(RegionFile { file, offset })
                 }
             };
-            let treatment = mapping.treatment.and_then(|kind| {
-                KINDS.iter().find(|(known, _)| *known as u8 == kind as u8).map(|&(_, treatment)| treatment)
-            });
+            let treatment = mapping
+                .treatment
+                .and_then(|kind| KINDS.iter().find(|(known, _)| *known == kind).map(|&(_, treatment)| treatment));
             regions.push(Region {
                 name: mapping.name.unwrap_or_else(|| format!("ram{number}")),
                 guest: GuestAddr(mapping.guest_addr.unwrap_or(mapping.offset)),
