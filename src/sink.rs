@@ -56,6 +56,12 @@ pub trait ImageSink: Send + Sync {
     /// The snapshot ends with the first error.
     fn write(&self, pieces: &[Piece<'_>]) -> Result<(), SinkError>;
 
+    /// How many bytes are best given to [`write`](Self::write) at a time, more or less: many where a call waits for a device,
+    /// few where it keeps a processor busy, which a vCPU may be waiting for. Asked once. Default 512 KiB.
+    fn write_size(&self) -> u64 {
+        512 << 10
+    }
+
     /// What a page is that is never given: zero, or in the parent if this is an increment. Asked once, at the beginning.
     fn omitted(&self) -> PageState {
         PageState::Zero

@@ -30,6 +30,14 @@ pub(crate) fn run_behind() {
     }
 }
 
+/// Lets whoever waits for this processor have it. The system takes it away only at a tick (4 ms at 250 Hz), and a vCPU that has
+/// just been let through would wait that long.
+pub(crate) fn make_way() {
+    if cfg!(not(ramshot_shuttle)) {
+        std::thread::yield_now();
+    }
+}
+
 /// Locks, whether or not a thread died while it held the lock: the state behind is only ever changed by whole steps, and a
 /// thread that dies ends the snapshot.
 pub(crate) fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {

@@ -99,8 +99,13 @@ where
                 return Err(SetupError::HostPageTooLarge { block: block.name, page_size: block.page_size, room });
             }
         }
-        let pool = SlotPool::new(slot_words, slots, limits.slot_pages, limits.reserve_slots.min(u64::from(slots) / 2))
-            .ok_or(SetupError::PoolStorage { slots })?;
+        let pool = SlotPool::new(
+            slot_words,
+            slots,
+            limits.slot_pages,
+            limits.reserve_slots.min(u64::from(slots - slots.div_ceil(4))),
+        )
+        .ok_or(SetupError::PoolStorage { slots })?;
         let mut snapshot = Self {
             table,
             pending,

@@ -1,6 +1,6 @@
 //! Pre-copy: drafts of the image, made while the guest runs and writes, so that at T0 there is little left to protect.
 
-use ramshot_core::{Cause, Limits, OsError, PageBitmap, PageId, RamBlock, Run, Treatment};
+use ramshot_core::{Cause, OsError, PageBitmap, PageId, RamBlock, Run, Treatment};
 
 use super::shared::Core;
 use super::{Prepared, SnapshotFailed};
@@ -97,8 +97,7 @@ impl Prepared {
             }
         });
         let table = Arc::new(shared.table.unprotected());
-        let limits = Limits { reserve_slots: 0, ..self.limits };
-        let core = Core::new(table, pages, self.slots, self.slot_words.clone(), limits)
+        let core = Core::new(table, pages, self.slots, self.slot_words.clone(), self.limits)
             .map_err(|_| Cause::Arm(OsError::new("setting up core", 0)))?;
         let mut state = shared.lock();
         if let Some(cause) = state.cause() {

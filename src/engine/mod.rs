@@ -157,7 +157,7 @@ pub fn prepare_with(parts: Parts, options: &Options) -> Result<Prepared, SetupFa
     let (slot_pages, slots) = options.slots(host_page);
     let limits = Limits {
         slot_pages,
-        reserve_slots: u64::from(slots) / 4,
+        reserve_slots: u64::from(slots - slots.div_ceil(4)),
         around_min: options.around_min / PAGE_SIZE,
         around_max: options.around_max / PAGE_SIZE,
         when_full: options.when_full,

@@ -9,12 +9,10 @@ use ramshot_core::{Cause, Done, Event, FaultOutcome, HostAddr, HostRange, Next, 
 use super::pool::Job;
 use super::shared::{Phase, Shared, State};
 use crate::sink::ImageSink;
-use crate::sync::{Arc, MutexGuard, run_at_once, run_behind};
+use crate::sync::{Arc, MutexGuard, make_way, run_at_once, run_behind};
 
 /// Events read at a time.
 const BATCH: usize = 64;
-/// Most bytes handed to the sink in one call.
-const WRITE_BATCH: u64 = 4 << 20;
 /// Faults that come further apart than this come one by one. From one to the next, not from the end of a service: a wide
 /// window takes long to serve, and would keep itself wide. vCPUs that write flat out over protected memory fault every 100 to 200 us
 /// here, a wake-up of a thread (50 us) being most of it; one that writes 2000 pages a second every 500.
@@ -233,6 +231,7 @@ pub(crate) fn scan(shared: &Shared) {
             drop(state);
             let zero = job.digest();
             shared.submit(job, zero);
+            make_way();
             state = shared.lock();
             continue;
         }
@@ -240,9 +239,11 @@ pub(crate) fn scan(shared: &Shared) {
             (Next::Claim(claim), buffers) => {
                 drop(state);
                 if let Some(mut job) = shared.serve(claim, buffers) {
+                    make_way();
                     let zero = job.digest();
                     shared.submit(job, zero);
                 }
+                make_way();
                 shared.lock()
             }
             (Next::Idle | Next::Full | Next::Done | Next::Ended, _) => shared.wait_for_work(state),
@@ -254,11 +255,12 @@ pub(crate) fn scan(shared: &Shared) {
 pub(crate) fn write(shared: &Shared, sink: &Arc<Box<dyn ImageSink>>) {
     run_behind();
     shared.ready();
+    let most = sink.write_size();
     let mut batch: Array<Job, 64> = Array::new();
     let mut state = shared.lock();
     loop {
         let mut bytes = 0;
-        while bytes < WRITE_BATCH && !batch.is_full() {
+        while bytes < most && !batch.is_full() {
             let Some(job) = state.digested.pop_front() else { break };
             bytes += job.run.run().bytes();
             // Cannot fail: it is not full.
@@ -294,6 +296,7 @@ pub(crate) fn write(shared: &Shared, sink: &Arc<Box<dyn ImageSink>>) {
                 shared.end(Cause::Sink);
             }
         }
+        make_way();
         state = shared.lock();
         for job in std::mem::take(&mut batch) {
             shared.written(&mut state, job);

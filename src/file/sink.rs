@@ -20,6 +20,11 @@ use super::{FileBlock, PageState, ParentRef, SnapshotId, trailer};
 use crate::os::storage;
 use crate::sink::{Committed, ImageMeta, ImageSink, PageDigest, Piece, SinkError};
 
+/// Written at a time past the page cache: it is the device that works.
+const DIRECT_WRITE: u64 = 4 << 20;
+/// Written at a time through the page cache, at 2 to 5 GB/s: 0.1 to 0.25 ms of a processor.
+const CACHED_WRITE: u64 = 512 << 10;
+
 /// How a snapshot file is written.
 #[derive(Clone, Copy, Debug)]
 pub struct FileSinkOptions {
@@ -301,6 +306,10 @@ impl FileSink {
 impl ImageSink for FileSink {
     fn write(&self, pieces: &[Piece<'_>]) -> Result<(), SinkError> {
         self.write_pieces(pieces).inspect_err(|_| self.failed.store(true, Ordering::Release))
+    }
+
+    fn write_size(&self) -> u64 {
+        if self.direct.is_some() { DIRECT_WRITE } else { CACHED_WRITE }
     }
 
     fn omitted(&self) -> PageState {

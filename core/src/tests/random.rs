@@ -137,7 +137,7 @@ impl Guest {
             assert_eq!(claim.run().pages % block.pages_per_host_page(), 0);
             assert_eq!(claim.range().start.0 % block.page_size, 0);
             assert_eq!(claim.slots().len() as u64, claim.run().pages.div_ceil(self.limits.slot_pages));
-            let reserve = self.limits.reserve_slots.min(self.slots / 2);
+            let reserve = self.limits.reserve_slots.min(self.slots - self.slots.div_ceil(4));
             let whole_pool = before == 0 && claim.run().pages == block.pages_per_host_page();
             assert!(claim.origin() != Origin::Scan || self.core.slots_in_use() + reserve <= self.slots || whole_pool);
             self.flights.push(Flight::Claimed(claim, Vec::new()));

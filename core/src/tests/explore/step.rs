@@ -349,7 +349,7 @@ impl<const F: usize, const C: usize> World<F, C> {
         if (block.treatment == Treatment::InPause) != (who == Worker::Pause) {
             return Err(format!("{who:?} got {} of a {:?} block", claim.run(), block.treatment));
         }
-        let reserve = setup.limits.reserve_slots.min(u64::from(setup.slots) / 2);
+        let reserve = setup.limits.reserve_slots.min(u64::from(setup.slots - setup.slots.div_ceil(4)));
         let free = u64::from(setup.slots) - self.core.slots_in_use();
         let one_host_page = empty && claim.run().pages == block.pages_per_host_page();
         if claim.origin() == Origin::Scan && free < reserve && !one_host_page {

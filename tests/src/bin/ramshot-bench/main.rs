@@ -179,7 +179,7 @@ fn repeat(
         sample.insert("others_percent", others.percent()?);
         let of = |key: &str| sample.get(key).copied().unwrap_or(f64::NAN);
         eprintln!(
-            "{name} {}: pause {:.2} ms, total {:.0} ms, faults {:.0}, stall p50 {:.0} us, gap {:.2} ms, lost {:.1} ms, load {:.1}, others {:.0} %",
+            "{name} {}: pause {:.2} ms, total {:.0} ms, faults {:.0}, stall p50 {:.0} us, gap {:.2} ms, lost {:.1} ms (stalled {:.1}, short gaps {:.1}), load {:.1}, others {:.0} %",
             if run == 0 { "warm-up".to_owned() } else { format!("run {run}") },
             of("pause_ms"),
             of("total_ms"),
@@ -187,6 +187,8 @@ fn repeat(
             of("stall_p50_us"),
             of("gap_ms"),
             of("lost_ms"),
+            of("stalled_ms"),
+            of("short_ms"),
             of("load"),
             of("others_percent"),
         );

@@ -56,6 +56,9 @@ pub(crate) const METRICS: &[Metric] = &[
     shown("load", 1, "load", 1.0, 1),
     // CPU time used by other processes during the run, in percent of one CPU.
     shown("others_percent", 1, "others %", 1.0, 0),
+    // What stalls and short gaps after the resume add up to: of the lost work, what the guest stood still.
+    hidden("stalled_ms"),
+    hidden("short_ms"),
     hidden("stalls"),
     // Gaps from `stats::SHORT_US` to `stats::STALL_US`: second-level faults, which KVM serves alone.
     hidden("short_gaps"),

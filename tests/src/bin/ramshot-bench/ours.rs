@@ -169,6 +169,8 @@ pub(crate) fn lost(window: Duration, writes: u64, before: f64) -> f64 {
 pub(crate) fn stalls(sample: &mut Sample, gaps: &Gaps) {
     sample.insert("stalls", float(gaps.count(STALL_US)));
     sample.insert("short_gaps", float(gaps.count(SHORT_US) - gaps.count(STALL_US)));
+    sample.insert("stalled_ms", gaps.sum_ms(STALL_US, f64::INFINITY));
+    sample.insert("short_ms", gaps.sum_ms(SHORT_US, STALL_US));
     sample.insert("stall_max_us", gaps.max_us());
     let keys = [("stall_p50_us", "all_p50_us"), ("stall_p99_us", "all_p99_us"), ("stall_p999_us", "all_p999_us")];
     for ((stall, all), percent) in keys.into_iter().zip([50.0, 99.0, 99.9]) {

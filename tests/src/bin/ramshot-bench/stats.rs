@@ -150,6 +150,12 @@ impl Gaps {
         self.above(above).map(|(_, _, n)| n).sum()
     }
 
+    /// Milliseconds that the gaps between `from` and `to` microseconds add up to, each taken as the middle of its bucket.
+    pub(crate) fn sum_ms(&self, from: f64, to: f64) -> f64 {
+        let within = self.above(from).filter(|&(bottom, ..)| bottom < to);
+        within.map(|(bottom, top, n)| f64::midpoint(bottom, top.min(self.max_us())) * float(n)).sum::<f64>() / 1e3
+    }
+
     /// The longest, in microseconds.
     pub(crate) fn max_us(&self) -> f64 {
         self.us(self.max)
