@@ -87,7 +87,8 @@ fn at_t0(c: &mut Criterion) {
         b.iter(|| black_box(&map).next_set(PageId(0)));
     });
     group.bench_function("4 GiB armed ahead, 64 MiB opened: what to protect again", |b| {
-        let mut ahead = ArmAhead::new(&table, [bitmap(pages), bitmap(pages), bitmap(pages)], 512).unwrap();
+        let mut ahead =
+            ArmAhead::new(&table, [bitmap(pages), bitmap(pages), bitmap(pages), bitmap(pages)], 512).unwrap();
         ahead.protecting(table.blocks()[0].used_range());
         for n in 0..32 {
             let _ = ahead.handle_fault(HostAddr(BASE + n * (96 << 20)));

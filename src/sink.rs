@@ -1,6 +1,6 @@
 //! Where an image goes: a file, or anything else that takes pages in any order and commits at the end.
 
-use ramshot_core::PageId;
+use ramshot_core::{PageId, Run};
 
 use crate::file::{PageState, ParentRef};
 
@@ -60,6 +60,14 @@ pub trait ImageSink: Send + Sync {
     /// few where it keeps a processor busy, which a vCPU may be waiting for. Asked once. Default 512 KiB.
     fn write_size(&self) -> u64 {
         512 << 10
+    }
+
+    /// The pages of `run` will be written soon, most of them: makes room for them, so that writing them takes less long.
+    /// Returns whether that brings anything; if not, nobody asks again. With no pages it is only asked whether it would.
+    /// Called before T0, for no page twice. Default: no.
+    fn make_room(&self, run: Run) -> bool {
+        let _ = run;
+        false
     }
 
     /// What a page is that is never given: zero, or in the parent if this is an increment. Asked once, at the beginning.

@@ -38,6 +38,15 @@ pub(crate) fn make_way() {
     }
 }
 
+/// Sleeps.
+pub(crate) fn pause(time: Duration) {
+    if cfg!(not(ramshot_shuttle)) {
+        std::thread::sleep(time);
+    } else {
+        thread::yield_now();
+    }
+}
+
 /// Locks, whether or not a thread died while it held the lock: the state behind is only ever changed by whole steps, and a
 /// thread that dies ends the snapshot.
 pub(crate) fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {

@@ -27,6 +27,7 @@ pub struct ArmAhead<T, W> {
     table: T,
     pending: PageBitmap<W>,
     open: PageBitmap<W>,
+    written: PageBitmap<W>,
     discarded: PageBitmap<W>,
     around: u64,
 }
@@ -41,21 +42,25 @@ where
     ///
     /// # Errors
     /// A bitmap smaller than the layout.
-    pub fn new(table: T, bitmaps: [PageBitmap<W>; 3], around: u64) -> Result<Self, LayoutError> {
+    pub fn new(table: T, bitmaps: [PageBitmap<W>; 4], around: u64) -> Result<Self, LayoutError> {
         let bits = bitmaps.iter().map(PageBitmap::pages).min().unwrap_or(0);
         if bits < table.pages() {
             return Err(LayoutError::BitmapTooSmall { bits, pages: table.pages() });
         }
-        let [pending, open, discarded] = bitmaps;
-        Ok(Self { table, pending, open, discarded, around })
+        let [pending, open, written, discarded] = bitmaps;
+        Ok(Self { table, pending, open, written, discarded, around })
     }
 
     // ---- before T0
 
-    /// `range` holds something and is going to be protected while the guest runs.
+    /// `range` holds something and is going to be protected while the guest runs; once more, perhaps.
+    ///
+    /// It does not count as open from here on, before it is protected. So nobody may be inside the release of a range that
+    /// [`handle_fault`](Self::handle_fault) has returned: that release could come after the protection, unnoticed.
     pub fn protecting(&mut self, range: HostRange) {
         for run in self.table.runs_in(range) {
             self.pending.insert(run);
+            self.open.remove(run);
             let mut at = run.first;
             while let Some(page) = self.discarded.next_set(at).filter(|&page| run.contains(page)) {
                 let gone = self.discarded.run_around(page, run).unwrap_or(Run::new(page, 1));
@@ -79,6 +84,7 @@ where
         let want = self.around.max(self.table.granule_pages(index));
         let run = window(page, want, block.host, self.table.block_run(index));
         self.open.insert(run);
+        self.written.insert(run);
         self.table.host_range(run)
     }
 
@@ -124,7 +130,7 @@ where
 
     /// The pages of the snapshot, and those that were written while it was armed: they will be written next.
     pub fn into_pending(self) -> (PageBitmap<W>, PageBitmap<W>) {
-        (self.pending, self.open)
+        (self.pending, self.written)
     }
 
     /// Feeds everything that a later decision depends on to `hasher`.
@@ -145,6 +151,12 @@ where
     /// Bytes to protect again, as it stands.
     pub fn open_bytes(&self) -> u64 {
         self.open.count().saturating_mul(PAGE_SIZE)
+    }
+
+    /// The next run that was written to and holds `from`, or begins after it.
+    pub fn next_written(&self, from: PageId) -> Option<Run> {
+        let page = self.written.next_set(from)?;
+        self.written.run_around(page, self.table.block_run(self.table.block_of(page)?))
     }
 }
 
@@ -172,7 +184,7 @@ mod tests {
 
     fn ahead(table: &BlockTable) -> ArmAhead<&BlockTable, [u64; 2]> {
         let empty = || PageBitmap::new([0; 2], 48, true).unwrap();
-        ArmAhead::new(table, [empty(), empty(), empty()], 4).unwrap()
+        ArmAhead::new(table, [empty(), empty(), empty(), empty()], 4).unwrap()
     }
 
     fn host(page: u64, pages: u64) -> HostRange {
@@ -201,6 +213,9 @@ mod tests {
         assert_eq!(ahead.next_open(PageId(0)), Some(Run::new(PageId(8), 8)));
         assert_eq!(ahead.next_open(PageId(16)), None);
         assert_eq!(absent(&ahead), []);
+        assert_eq!(ahead.next_written(PageId(0)), Some(Run::new(PageId(8), 8)));
+        ahead.protecting(host(0, 11));
+        assert_eq!(ahead.next_open(PageId(0)), Some(Run::new(PageId(11), 5)), "protected again");
         let (pending, hot) = ahead.into_pending();
         assert_eq!((pending.count(), hot.count()), (48, 8));
     }

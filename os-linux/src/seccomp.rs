@@ -66,6 +66,7 @@ pub const RUNNING: &[Rule] = &[
     rule!(statx, SYS_statx, "what a file is"),
     rule!(pwritev, SYS_pwritev, "pages and the trailer into the image"),
     rule!(pwrite64, SYS_pwrite64, "the same, one piece"),
+    rule!(fallocate, SYS_fallocate, "room in the image ahead of its pages, and back what was not needed"),
     rule!(fdatasync, SYS_fdatasync, "commit: the pages"),
     rule!(fsync, SYS_fsync, "commit: the trailer, then the directory"),
     rule!(linkat, SYS_linkat, "commit: the image gets its name"),
@@ -97,7 +98,7 @@ pub const RUNNING: &[Rule] = &[
     rule!(clock_gettime, SYS_clock_gettime, "times, where the kernel has no vDSO for it"),
     rule!(clock_nanosleep, SYS_clock_nanosleep, "mappings are being changed: another try in 10 us"),
     rule!(nanosleep, SYS_nanosleep, "mappings are being changed: another try in 10 us (musl)"),
-    rule!(sched_yield, SYS_sched_yield, "the allocator's locks (musl)"),
+    rule!(sched_yield, SYS_sched_yield, "threads that make way; the allocator's locks (musl)"),
     rule!(restart_syscall, SYS_restart_syscall, "a wait that was stopped goes on"),
 ];
 

@@ -73,6 +73,15 @@ pub fn allocate(file: &File, at: u64, len: u64) -> io::Result<()> {
     }
 }
 
+/// Gives up the disk space of `len` bytes from byte `at`: a hole, which reads as zeros.
+///
+/// # Errors
+/// What fallocate(2) answered.
+pub fn give_back(file: &File, at: u64, len: u64) -> io::Result<()> {
+    let hole = FallocateFlags::FALLOC_FL_KEEP_SIZE | FallocateFlags::FALLOC_FL_PUNCH_HOLE;
+    Ok(fallocate(file, hole, offset(at)?, offset(len)?)?)
+}
+
 /// `file`, which lies at `path`, opened once more so that pages written go to the device without a copy in the page cache:
 /// the processor has less to do, and no throttling of dirty pages can reach anybody. `None` where that cannot be had,
 /// or brings nothing (a file system in memory).

@@ -58,6 +58,14 @@ pub fn allocate(_file: &File, _at: u64, _len: u64) -> io::Result<()> {
     Err(io::Error::new(io::ErrorKind::Unsupported, "this system cannot allocate file space ahead"))
 }
 
+/// Gives up disk space: not here.
+///
+/// # Errors
+/// [`Unsupported`](io::ErrorKind::Unsupported), always.
+pub fn give_back(_file: &File, _at: u64, _len: u64) -> io::Result<()> {
+    Err(io::Error::new(io::ErrorKind::Unsupported, "this system cannot give file space back"))
+}
+
 /// `file` opened once more for writes past the page cache: not here.
 #[must_use]
 pub const fn direct(_file: &File, _path: &Path) -> Option<File> {

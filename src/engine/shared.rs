@@ -15,6 +15,7 @@ use ramshot_core::{
 
 use super::arm::{self, Ahead};
 use super::pool::{Buffers, Job, Pool, queue};
+use super::room::Room;
 use super::written::Written;
 use crate::dirty::DirtyUse;
 use crate::report::Latencies;
@@ -68,6 +69,8 @@ pub(crate) struct State {
     pub(crate) faults_starve: bool,
     /// Zero pages have to be said: what is not given is not zero in this image.
     pub(crate) give_zeros: bool,
+    /// Room to be made in the image.
+    pub(crate) room: Room,
     /// What the guest writes to, in order, if somebody wants to know.
     pub(crate) written: Option<Written>,
     /// Threads that have set themselves up and make ordinary system calls only from here on.
@@ -179,6 +182,7 @@ impl Shared {
             early_losses: Vec::new(),
             faults_starve: false,
             give_zeros: false,
+            room: Room::default(),
             written: None,
             ready: 0,
             when_done: Vec::with_capacity(DONE_CALLS),
@@ -346,14 +350,19 @@ impl Shared {
         again
     }
 
-    /// Ends the time before T0: from here on nobody lifts protection until core decides. `None` if it had ended before.
-    pub(crate) fn close_ahead(&self) -> Option<Ahead> {
+    /// Locks at a moment at which nobody is lifting protection.
+    pub(crate) fn lock_unopened(&self) -> MutexGuard<'_, State> {
         let mut state = self.lock();
-        state.phase = Phase::Arming;
         while state.releasing > 0 {
             state = self.wait_for_work(state);
         }
-        state.ahead.take()
+        state
+    }
+
+    /// Ends the time before T0: from here on nobody lifts protection until core decides. `None` if it had ended before.
+    pub(crate) fn close_ahead(&self) -> Option<Ahead> {
+        self.lock().phase = Phase::Arming;
+        self.lock_unopened().ahead.take()
     }
 
     // ---- the life of a run

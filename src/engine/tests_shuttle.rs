@@ -110,6 +110,7 @@ fn run_ahead(trouble: Trouble, meanwhile: fn(&SimVm)) -> Option<Cause> {
     let vm = vm();
     let world = world(&vm, 2);
     let image = world.image.clone();
+    image.take_room();
     vm.trouble(trouble);
     let prepared = world.prepare();
     let running = vcpus(&vm);

@@ -7,6 +7,7 @@ use heapless::Vec as Array;
 use ramshot_core::{Cause, Done, Event, FaultOutcome, HostAddr, HostRange, Next, OsError, PAGE_SIZE, Worker};
 
 use super::pool::Job;
+use super::room;
 use super::shared::{Phase, Shared, State};
 use crate::sink::ImageSink;
 use crate::sync::{Arc, MutexGuard, make_way, run_at_once, run_behind};
@@ -281,6 +282,12 @@ pub(crate) fn write(shared: &Shared, sink: &Arc<Box<dyn ImageSink>>) {
             }
             if state.stop {
                 return;
+            }
+            if let Some(run) = room::next(&mut state) {
+                drop(state);
+                room::make_piece(shared, sink.as_ref().as_ref(), run);
+                state = shared.lock();
+                continue;
             }
             state = shared.wait_for_jobs(state);
             continue;

@@ -52,6 +52,8 @@ mod tests_memory;
 mod tests_names;
 #[cfg(test)]
 mod tests_read;
+#[cfg(all(test, target_os = "linux"))]
+mod tests_room;
 #[cfg(test)]
 mod tests_round_trip;
 #[cfg(test)]

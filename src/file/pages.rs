@@ -61,6 +61,13 @@ impl PageTable {
         self.data_pages
     }
 
+    /// Whether `page` has data.
+    pub(super) fn is_data(&self, page: PageId) -> bool {
+        let (chunk, slot) = slot_of(page.0);
+        let chunk = self.chunks.get(chunk).and_then(Option::as_ref);
+        chunk.is_some_and(|chunk| chunk.state(slot) == Some(PageState::Data))
+    }
+
     /// What a page is that was never given.
     pub(super) const fn default_state(&self) -> PageState {
         self.default

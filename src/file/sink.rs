@@ -2,11 +2,12 @@
 
 use std::fs::File;
 use std::io::IoSlice;
+use std::ops::Range;
 use std::path::Path;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Mutex, PoisonError};
 
-use ramshot_core::{BlockTable, PageId, RamBlock};
+use ramshot_core::{BlockTable, PageId, RamBlock, Run};
 use zerocopy::{FromZeros, IntoBytes};
 
 use super::error::CreateError;
@@ -64,6 +65,8 @@ pub struct FileSink {
     direct: Option<File>,
     /// Held while digests are noted, never during I/O.
     pages: Mutex<PageTable>,
+    /// Pages that have blocks already.
+    room: Mutex<Vec<Range<u64>>>,
     /// Pages may be given once more.
     again: AtomicBool,
     /// A write has failed: what is there can never be committed.
@@ -163,6 +166,7 @@ impl FileSink {
             sync: options.sync,
             direct,
             pages: Mutex::new(PageTable::new(total, default)),
+            room: Mutex::new(Vec::new()),
             again: AtomicBool::new(false),
             failed: AtomicBool::new(false),
             adopted,
@@ -271,10 +275,11 @@ impl FileSink {
             source,
         };
         let file = self.partial.file();
+        let pages = self.pages.lock().unwrap_or_else(PoisonError::into_inner);
+        self.give_back_room(&pages);
         if self.sync {
             file.sync_data().map_err(|e| io("its pages cannot be synced", e))?;
         }
-        let pages = self.pages.lock().unwrap_or_else(PoisonError::into_inner);
         let contents = trailer::Contents { id: self.id, parent: self.parent, blocks: &self.blocks, meta };
         let (image_bytes, checksum) = trailer::write(file, &contents, &pages).map_err(|e| self.write_error(e))?;
         if self.sync {
@@ -286,6 +291,41 @@ impl FileSink {
         self.partial.publish(self.sync)?;
         let snapshot = Some(ParentRef { id: self.id, checksum });
         Ok(Committed { image_bytes, written_bytes, snapshot })
+    }
+
+    /// Whether the file has blocks for `run` now. If not (the disk is full, the file system cannot), writing will tell: it may
+    /// need fewer.
+    fn allocate(&self, run: Run) -> bool {
+        let pages = run.first.0..run.end().0.min(self.total);
+        let mut room = self.room.lock().unwrap_or_else(PoisonError::into_inner);
+        match storage::allocate(self.partial.file(), pages.start * PAGE_BYTES, (pages.end - pages.start) * PAGE_BYTES) {
+            Ok(()) => room.push(pages),
+            Err(error) => {
+                log::debug!(target: "ramshot::file", "{:?}: no room ahead at {}: {error}", self.partial.path(), run.first);
+                return false;
+            }
+        }
+        true
+    }
+
+    /// Gives back the room for pages that turned out zero: they are holes.
+    fn give_back_room(&self, pages: &PageTable) {
+        let mut room = self.room.lock().unwrap_or_else(PoisonError::into_inner);
+        for range in room.drain(..) {
+            let mut from = range.start;
+            while from < range.end {
+                let data = pages.is_data(PageId(from));
+                let to = (from..range.end).find(|&page| pages.is_data(PageId(page)) != data).unwrap_or(range.end);
+                if !data
+                    && let Err(error) =
+                        storage::give_back(self.partial.file(), from * PAGE_BYTES, (to - from) * PAGE_BYTES)
+                {
+                    // They read as zeros all the same.
+                    log::debug!(target: "ramshot::file", "{:?}: page {from} stays allocated: {error}", self.partial.path());
+                }
+                from = to;
+            }
+        }
     }
 
     fn write_error(&self, failed: Failed) -> SinkError {
@@ -306,6 +346,11 @@ impl FileSink {
 impl ImageSink for FileSink {
     fn write(&self, pieces: &[Piece<'_>]) -> Result<(), SinkError> {
         self.write_pieces(pieces).inspect_err(|_| self.failed.store(true, Ordering::Release))
+    }
+
+    fn make_room(&self, run: Run) -> bool {
+        // Past the page cache it is the device that is waited for.
+        self.direct.is_none() && (run.pages == 0 || self.allocate(run))
     }
 
     fn write_size(&self) -> u64 {

@@ -1,6 +1,6 @@
 //! An image in memory that watches over the sink's contract.
 
-use ramshot_core::{BlockTable, PageId};
+use ramshot_core::{BlockTable, PageId, Run};
 
 use super::PAGE;
 use super::trouble::{Call, Plan, Trouble, happen};
@@ -45,6 +45,8 @@ struct State {
     child: bool,
     held: bool,
     waiting: usize,
+    /// What room was made for, if it can be made.
+    room: Option<Vec<Run>>,
     outcome: Outcome,
     meta: ImageMeta,
     violations: Vec<String>,
@@ -62,6 +64,7 @@ impl MemorySink {
             child: false,
             held: false,
             waiting: 0,
+            room: None,
             outcome: Outcome::Open,
             meta: ImageMeta::default(),
             violations: Vec::new(),
@@ -119,6 +122,17 @@ impl MemoryImage {
     pub fn let_go(&self) {
         lock(&self.shared.state).held = false;
         self.shared.changed.notify_all();
+    }
+
+    /// From now on room can be made for pages ahead of T0 ([`Call::Room`]).
+    pub fn take_room(&self) {
+        lock(&self.shared.state).room = Some(Vec::new());
+    }
+
+    /// What room was made for.
+    #[must_use]
+    pub fn room(&self) -> Vec<Run> {
+        lock(&self.shared.state).room.clone().unwrap_or_default()
     }
 
     /// How many writers wait because of [`hold`](Self::hold).
@@ -201,6 +215,19 @@ impl ImageSink for MemorySink {
         let written = state.given.iter().filter(|given| **given).count();
         let snapshot = Some(ParentRef { id: SnapshotId([1; 16]), checksum: crc32c::crc32c(&state.bytes) });
         Ok(Committed { image_bytes: state.bytes.len() as u64, written_bytes: (written * PAGE) as u64, snapshot })
+    }
+
+    fn make_room(&self, run: Run) -> bool {
+        if run.pages == 0 {
+            return self.lock().room.is_some();
+        }
+        let Ok(mut state) = self.call(Call::Room) else { return false };
+        let twice = state.room.iter().flatten().any(|made| made.first < run.end() && run.first < made.end());
+        if twice {
+            state.violations.push(format!("room for {run:?} twice"));
+        }
+        state.room.get_or_insert_default().push(run);
+        true
     }
 
     fn omitted(&self) -> PageState {

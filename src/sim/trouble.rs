@@ -23,9 +23,11 @@ pub enum Call {
     Write,
     /// `ImageSink::commit`
     Commit,
+    /// `ImageSink::make_room`, if room can be made
+    Room,
 }
 
-const CALLS: usize = 8;
+const CALLS: usize = 9;
 
 /// How it goes wrong.
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
@@ -118,6 +120,7 @@ pub(super) fn happen(mishap: Option<Mishap>, call: Call) -> Result<(), OsError> 
         Call::Disarm => "sim disarm",
         Call::Read => "sim read",
         Call::Write => "sim write",
+        Call::Room => "sim make_room",
         Call::Commit => "sim commit",
     };
     match mishap {

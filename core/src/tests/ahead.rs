@@ -23,6 +23,8 @@ enum Mistake {
     OpenNotedLate,
     /// T0 does not wait for a release under way.
     T0DoesNotWait,
+    /// What is protected again counts as open no more while a release is under way.
+    ProtectingDoesNotWait,
     /// A discard's event is read, and core does not hear of it.
     DiscardIgnored,
 }
@@ -40,12 +42,19 @@ struct Setup {
 #[derive(Clone, PartialEq, Eq, Hash)]
 enum Armer {
     /// Looks at the next page.
-    Looking(usize, [bool; PAGES]),
-    /// Next: core hears of what was found.
-    Found([bool; PAGES]),
+    Looking(usize, Pass),
+    /// Next: core hears of what was found, as soon as nobody releases.
+    Found(Pass),
     /// Next: protects this page, if it was found.
-    Protecting(usize, [bool; PAGES]),
+    Protecting(usize, Pass),
     Done,
+}
+
+/// Memory is protected twice: some of it first, to see where the guest writes.
+#[derive(Clone, PartialEq, Eq, Hash)]
+struct Pass {
+    all: bool,
+    found: [bool; PAGES],
 }
 
 #[derive(Clone, PartialEq, Eq, Hash)]
@@ -108,10 +117,12 @@ impl World<'_> {
         hasher.finish()
     }
 
-    fn steps(&self, setup: &Setup) -> Vec<Step> {
+    fn steps(&self, setup: &Setup, mistake: Mistake) -> Vec<Step> {
         let mut steps = Vec::new();
-        if self.armer != Armer::Done {
-            steps.push(Step::Arm);
+        match self.armer {
+            Armer::Done => {}
+            Armer::Found(_) if self.is_releasing() && mistake != Mistake::ProtectingDoesNotWait => {}
+            _ => steps.push(Step::Arm),
         }
         for (vcpu, &(done, blocked)) in self.vcpus.iter().enumerate() {
             if !blocked && done < setup.writes[vcpu].len() {
@@ -131,6 +142,10 @@ impl World<'_> {
             _ => {}
         }
         steps
+    }
+
+    const fn is_releasing(&self) -> bool {
+        matches!(self.server, Server::Releasing(..))
     }
 
     fn range(&self, number: usize) -> HostRange {
@@ -193,21 +208,24 @@ impl World<'_> {
 
     fn arm(&mut self) {
         self.armer = match self.armer.clone() {
-            Armer::Looking(at, mut found) if at < PAGES => {
-                found[at] = self.there[at];
-                Armer::Looking(at + 1, found)
+            Armer::Looking(at, mut pass) if at < PAGES => {
+                pass.found[at] = self.there[at] && (pass.all || at % 2 == 0);
+                Armer::Looking(at + 1, pass)
             }
-            Armer::Looking(_, found) => Armer::Found(found),
-            Armer::Found(found) => {
-                for at in (0..PAGES).filter(|&at| found[at]) {
+            Armer::Looking(_, pass) => Armer::Found(pass),
+            Armer::Found(pass) => {
+                for at in (0..PAGES).filter(|&at| pass.found[at]) {
                     self.ahead.protecting(self.range(at));
                 }
-                Armer::Protecting(0, found)
+                Armer::Protecting(0, pass)
             }
-            Armer::Protecting(at, found) if at < PAGES => {
+            Armer::Protecting(at, pass) if at < PAGES => {
                 // Pages that are gone meanwhile get their protection all the same (WP_UNPOPULATED).
-                self.protected[at] |= found[at];
-                Armer::Protecting(at + 1, found)
+                self.protected[at] |= pass.found[at];
+                Armer::Protecting(at + 1, pass)
+            }
+            Armer::Protecting(_, Pass { all: false, .. }) => {
+                Armer::Looking(0, Pass { all: true, found: [false; PAGES] })
             }
             Armer::Protecting(..) | Armer::Done => Armer::Done,
         };
@@ -276,10 +294,10 @@ fn explore(setup: &Setup, mistake: Mistake) -> Result<(usize, usize), (String, V
     let mut there = [false; PAGES];
     setup.there.iter().for_each(|&at| there[at] = true);
     let first = World {
-        ahead: ArmAhead::new(&table, [bitmap(), bitmap(), bitmap()], setup.around).unwrap(),
+        ahead: ArmAhead::new(&table, [bitmap(), bitmap(), bitmap(), bitmap()], setup.around).unwrap(),
         there,
         protected: [false; PAGES],
-        armer: Armer::Looking(0, [false; PAGES]),
+        armer: Armer::Looking(0, Pass { all: false, found: [false; PAGES] }),
         server: Server::Idle,
         discarder: Discarder::Waiting,
         vcpus: [(0, false); 2],
@@ -291,7 +309,7 @@ fn explore(setup: &Setup, mistake: Mistake) -> Result<(usize, usize), (String, V
         if world.can_begin(mistake) {
             world.clone().begin(setup).map_err(|why| (why, trace.clone()))?;
         }
-        for step in world.steps(setup) {
+        for step in world.steps(setup, mistake) {
             let mut next = world.clone();
             next.take(setup, mistake, step);
             transitions += 1;
@@ -326,7 +344,8 @@ fn explore_arming_ahead() {
 
 #[test]
 fn explore_arming_ahead_catches_mistakes() {
-    let mistakes = [Mistake::OpenNotedLate, Mistake::T0DoesNotWait, Mistake::DiscardIgnored];
+    let mistakes =
+        [Mistake::OpenNotedLate, Mistake::T0DoesNotWait, Mistake::ProtectingDoesNotWait, Mistake::DiscardIgnored];
     for mistake in mistakes {
         let caught = WORLDS.iter().find_map(|setup| explore(setup, mistake).err().map(|found| (setup.name, found)));
         match caught {

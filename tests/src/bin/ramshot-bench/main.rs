@@ -179,8 +179,9 @@ fn repeat(
         sample.insert("others_percent", others.percent()?);
         let of = |key: &str| sample.get(key).copied().unwrap_or(f64::NAN);
         eprintln!(
-            "{name} {}: pause {:.2} ms, total {:.0} ms, faults {:.0}, stall p50 {:.0} us, gap {:.2} ms, lost {:.1} ms (stalled {:.1}, short gaps {:.1}), load {:.1}, others {:.0} %",
+            "{name} {}: prepare {:.0} ms, pause {:.2} ms, total {:.0} ms, faults {:.0}, stall p50 {:.0} us, gap {:.2} ms, lost {:.1} ms (stalled {:.1}, short gaps {:.1}; gap while arming {:.2}), load {:.1}, others {:.0} %",
             if run == 0 { "warm-up".to_owned() } else { format!("run {run}") },
+            of("prepare_ms"),
             of("pause_ms"),
             of("total_ms"),
             of("faults"),
@@ -189,6 +190,7 @@ fn repeat(
             of("lost_ms"),
             of("stalled_ms"),
             of("short_ms"),
+            of("arming_gap_ms"),
             of("load"),
             of("others_percent"),
         );
