@@ -8,7 +8,7 @@ pub struct Limits {
     /// Pages in one pool slot. The default is 16 (64 KiB).
     pub slot_pages: u64,
     /// Slots the scan never takes, so that faults find room, and so that what is scanned is still in the cache when it is written.
-    /// At most, and by default (the engine sets it), three quarters of the pool.
+    /// At most three quarters of the pool. The engine keeps 48 MiB.
     pub reserve_slots: u64,
     /// Most pages a scan claim takes. The default is 512 (2 MiB): it keeps huge mappings whole, and at 10 GB/s
     /// a writer waits 0.2 ms for one.

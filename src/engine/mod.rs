@@ -37,6 +37,9 @@ use crate::report::{Drafts, Progress, Report};
 use crate::sink::{ImageMeta, ImageSink, SinkError};
 use crate::sync::{Arc, thread};
 
+/// What the scan leaves of the pool at least, if that is not more than three quarters of it (core sees to that): room for faults.
+/// With the default pool, what is scanned is still in the processor's cache when it is written.
+const RESERVE: u64 = 48 << 20;
 /// What a transparent huge page maps, on x86-64 and on aarch64 with 4 KiB pages.
 const HUGE_PAGE: u64 = 2 << 20;
 
@@ -160,7 +163,7 @@ pub fn prepare_with(parts: Parts, options: &Options) -> Result<Prepared, SetupFa
     let (slot_pages, slots) = options.slots(host_page);
     let limits = Limits {
         slot_pages,
-        reserve_slots: u64::from(slots - slots.div_ceil(4)),
+        reserve_slots: RESERVE / (slot_pages * PAGE_SIZE),
         around_min: options.around_min / PAGE_SIZE,
         around_max: options.around_max / PAGE_SIZE,
         when_full: options.when_full,

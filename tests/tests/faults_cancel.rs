@@ -26,8 +26,8 @@ enum Phase {
 /// A snapshot in that phase; the tap, closed or open.
 fn at(rig: &Rig, phase: Phase) -> (Live, Arc<Tap>) {
     let tap = Arc::new(Tap::closed());
-    // The pool holds everything, or next to nothing.
-    let pool_bytes = if phase == Phase::Captured { 64 << 20 } else { 2 << 20 };
+    // The pool holds everything (beside what is kept for faults), or next to nothing.
+    let pool_bytes = if phase == Phase::Captured { 128 << 20 } else { 2 << 20 };
     let options = Options { pool_bytes, ..rig.options() };
     let behind = |parts: Parts| {
         let sink = BadSink::new(parts.sink, &Injected::default()).behind(&tap);
@@ -37,7 +37,11 @@ fn at(rig: &Rig, phase: Phase) -> (Live, Arc<Tap>) {
     let until = |what: &str, done: &dyn Fn(&Live) -> bool| {
         let start = Instant::now();
         while !done(&live) {
-            assert!(start.elapsed() < PATIENCE, "{}: not {what}: {:?}", rig.accel, live.progress());
+            if start.elapsed() > PATIENCE {
+                // Dropping `live` waits for the writers.
+                tap.open();
+                panic!("{}: not {what}: {:?}", rig.accel, live.progress());
+            }
             std::thread::sleep(Duration::from_micros(200));
         }
     };
