@@ -7,13 +7,14 @@ use ramshot_core::{Content, NextFill, PAGE_SIZE, PageId, Run};
 use super::order;
 use super::read::{Extents, bytes_of, read};
 use super::shared::{Offer, Shared, State};
-use crate::sync::MutexGuard;
+use crate::sync::{MutexGuard, make_way, run_behind};
 
 /// Pages it reads at once: 1 MiB.
 pub(super) const CHUNK_PAGES: u64 = 256;
 
 /// The thread.
 pub(super) fn prefetch(shared: &Shared) {
+    run_behind();
     let content = Extents(shared.source.as_ref());
     let pages = shared.source.pages();
     let all = Run::new(PageId(0), pages);
@@ -36,7 +37,7 @@ pub(super) fn prefetch(shared: &Shared) {
                     buffer.resize(bytes_of(CHUNK_PAGES.max(shared.host_page / PAGE_SIZE)).max(len), 0);
                 }
                 let into = buffer.get_mut(..len).unwrap_or_default();
-                let bad = read(shared.source.as_ref(), &claim, into, || make_way(shared));
+                let bad = read(shared.source.as_ref(), &claim, into, || let_pass(shared));
                 state = shared.lock();
                 let at = claim.run().first;
                 state.offers.push_back(Offer { claim, buffer, bad, at });
@@ -84,8 +85,9 @@ fn wait_for_turn<'a>(shared: &Shared, mut state: MutexGuard<'a, State>) -> (Mute
     }
 }
 
-/// Waits while a fault is being served.
-fn make_way(shared: &Shared) {
+/// Waits while a fault is being served, and makes way for the vCPU.
+fn let_pass(shared: &Shared) {
+    make_way();
     let mut state = shared.lock();
     while state.serving && !state.is_over() {
         state = shared.wait(state);
