@@ -36,6 +36,7 @@
 //! - [`sim`]: a simulated VM with a kernel that has bad days, for tests.
 #![forbid(unsafe_code)]
 
+mod costs;
 mod dirty;
 mod engine;
 pub mod file;
@@ -47,6 +48,7 @@ pub mod sim;
 pub mod sink;
 mod sync;
 
+pub use costs::{Cost, Costs};
 pub use dirty::{DirtyError, DirtyTracking};
 pub use engine::{Handle, Live, Parts, Pending, Prepared, SetupFailed, SnapshotFailed, prepare_with};
 pub use file::{Chain, SnapshotFile, flatten, rebase};

@@ -1,6 +1,6 @@
 //! What a snapshot says of itself, while it runs and afterwards.
 
-use std::time::Duration;
+use std::time::{Duration, SystemTime};
 
 use ramshot_core::Counts;
 
@@ -30,11 +30,17 @@ pub struct Drafts {
     pub passes: u32,
     /// Pages copied, all drafts together.
     pub pages: u64,
+    /// Pages that the first one copied.
+    pub first_pages: u64,
+    /// How long it took.
+    pub took: Duration,
 }
 
 /// A finished snapshot, in figures.
 #[derive(Clone, Debug)]
 pub struct Report {
+    /// The moment whose memory the image shows, whatever the mode: when `begin` was called, with the VM stopped.
+    pub t0: SystemTime,
     /// The whole call of `begin`: what the engine adds to the pause.
     pub begin: Duration,
     /// The part of it that found and protected the pages.
@@ -64,13 +70,14 @@ pub struct Latencies {
     buckets: Vec<u64>,
     count: u64,
     max_us: u64,
+    total: Duration,
 }
 
 const SUB: u64 = 8;
 
 impl Default for Latencies {
     fn default() -> Self {
-        Self { buckets: vec![0; 32 * 8], count: 0, max_us: 0 }
+        Self { buckets: vec![0; 32 * 8], count: 0, max_us: 0, total: Duration::ZERO }
     }
 }
 
@@ -83,6 +90,13 @@ impl Latencies {
         }
         self.count += 1;
         self.max_us = self.max_us.max(us);
+        self.total = self.total.saturating_add(duration);
+    }
+
+    /// All of them added up.
+    #[must_use]
+    pub const fn total(&self) -> Duration {
+        self.total
     }
 
     /// How many were recorded.

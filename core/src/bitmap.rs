@@ -89,6 +89,19 @@ impl<W: AsRef<[u64]> + AsMut<[u64]>> PageBitmap<W> {
         self.change_all(other, Some(except), false);
     }
 
+    /// Sets what is clear between two set bits, where that is at most `most` pages and all of them are set in `of`.
+    pub fn fill_gaps(&mut self, of: &Self, most: u64) {
+        let mut at = self.next_set(PageId(0));
+        while let Some(page) = at {
+            let end = self.first_clear(page.0, self.pages);
+            let Some(next) = self.next_set(PageId(end)) else { return };
+            if next.0 - end <= most && of.contains(PageId(end)) && of.first_clear(end, next.0) == next.0 {
+                self.insert(Run::new(PageId(end), next.0 - end));
+            }
+            at = Some(next);
+        }
+    }
+
     /// The first page at or after `from` whose bit is set.
     pub fn next_set(&self, from: PageId) -> Option<PageId> {
         if from.0 >= self.pages {
@@ -244,6 +257,26 @@ mod tests {
         assert_eq!(map.count(), 10);
         assert_eq!(map.run_around(PageId(95), Run::new(PageId(0), 1000)), Some(Run::new(PageId(90), 10)));
         assert!(!map.contains(PageId(100)));
+    }
+
+    #[test]
+    fn gaps_are_filled_that_are_short_and_not_empty() {
+        let runs = |map: &PageBitmap<Vec<u64>>| {
+            let set = (0..map.pages()).filter(|&page| map.contains(PageId(page)));
+            set.collect::<Vec<_>>()
+        };
+        let of_runs = |runs: &[(u64, u64)]| {
+            let mut map = bitmap(200);
+            runs.iter().for_each(|&(first, pages)| map.insert(Run::new(PageId(first), pages)));
+            map
+        };
+        let there = of_runs(&[(0, 100), (102, 98)]);
+        let mut map = of_runs(&[(60, 2), (66, 1), (99, 1), (103, 1), (106, 1), (195, 2)]);
+        map.fill_gaps(&there, 4);
+        let wanted = of_runs(&[(60, 7), (99, 1), (103, 4), (195, 2)]);
+        assert_eq!(runs(&map), runs(&wanted));
+        assert_eq!(map.count(), wanted.count());
+        bitmap(200).fill_gaps(&there, 4);
     }
 
     proptest! {

@@ -1,5 +1,7 @@
 //! Pre-copy: drafts of the image, made while the guest runs and writes, so that at T0 there is little left to protect.
 
+use std::time::Instant;
+
 use ramshot_core::{Cause, OsError, PageBitmap, PageId, RamBlock, Run, Treatment};
 
 use super::shared::Core;
@@ -43,7 +45,7 @@ impl Prepared {
         let Some(dirty) = shared.dirty.as_ref().filter(|_| self.drafts.passes == 0) else {
             return Err(Cause::Arm(OsError::new("pre-copy without Options::dirty, or for the second time", 22)));
         };
-        let mut drafts = Drafts::default();
+        let (mut drafts, start) = (Drafts::default(), Instant::now());
         while drafts.passes < passes {
             let pages = self.pages_of_draft(dirty, drafts.passes == 0)?;
             let copied = pages.count();
@@ -54,12 +56,16 @@ impl Prepared {
             self.copy(dirty, pages)?;
             drafts.passes += 1;
             drafts.pages += copied;
+            if drafts.passes == 1 {
+                drafts.first_pages = copied;
+            }
             dirty.read_logs().map_err(Cause::Arm)?;
             if dirty.written() > copied / SHRINKS {
                 break;
             }
         }
         self.running.again().map_err(|()| Cause::Sink)?;
+        drafts.took = start.elapsed();
         Ok(drafts)
     }
 

@@ -21,7 +21,7 @@ mod tests_world;
 mod threads;
 mod written;
 
-use std::time::{Duration, Instant};
+use std::time::{Duration, Instant, SystemTime};
 
 use ramshot_core::{
     BlockTable, Cause, DirtyPages, Discard, GuestAddr, HostRange, Limits, Next, OsError, PAGE_SIZE, PageBitmap, PageId,
@@ -138,6 +138,7 @@ pub struct Prepared {
 #[must_use = "a live snapshot that is dropped is cancelled"]
 pub struct Live {
     running: Running,
+    t0: SystemTime,
     begun: Instant,
     begin: Duration,
     arm: Duration,
@@ -268,7 +269,7 @@ impl Prepared {
     /// # Errors
     /// Memory could not be protected. Everything is undone.
     pub fn begin(self, pending: Pending, device_state: Vec<u8>) -> Result<Live, SnapshotFailed> {
-        let begun = Instant::now();
+        let (t0, begun) = (SystemTime::now(), Instant::now());
         let takes_dirty = self.takes_dirty();
         if takes_dirty != (pending == Pending::Dirty) {
             let prepared = match (self.increment, self.drafts.passes > 0) {
@@ -278,6 +279,8 @@ impl Prepared {
             };
             return Err(SnapshotFailed::Pending { given: pending, prepared });
         }
+        // A fault takes only neighbours along. Among drafts a page may be copied once more; an increment is to stay small.
+        let gaps = if self.increment { 0 } else { arm::GAPS };
         let Self { running, slot_words, slots, limits, drafts, .. } = self;
         let shared = Arc::clone(&running.shared);
         // Both unreachable: prepare has tried the same.
@@ -288,7 +291,7 @@ impl Prepared {
             dirty.map_or(Ok(()), |dirty| dirty.read_logs().map_err(Cause::Arm))?;
             let (pending, hot, at_t0) = match dirty {
                 Some(dirty) if takes_dirty => {
-                    let at_t0 = arm::dirty_at_t0(&shared, ahead, dirty, drafts.passes > 0)?;
+                    let at_t0 = arm::dirty_at_t0(&shared, ahead, dirty, drafts.passes > 0, gaps)?;
                     (at_t0.pending.clone(), None, Some(at_t0))
                 }
                 _ => {
@@ -320,7 +323,7 @@ impl Prepared {
             state.go_live(core);
             shared.announce_end(&mut state);
         }
-        let live = Live { running, begun, begin: Duration::ZERO, arm, device_state, drafts, at_t0 };
+        let live = Live { running, t0, begun, begin: Duration::ZERO, arm, device_state, drafts, at_t0 };
         shared.capture_in_pause();
         if shared.lock().cause().is_some() {
             return Err(live.running.fail());
@@ -404,7 +407,7 @@ impl Live {
     /// # Errors
     /// There is no image, for the reason given, and nothing is left behind.
     pub fn finish(self) -> Result<Report, SnapshotFailed> {
-        let Self { mut running, begun, begin, arm, device_state, drafts, at_t0 } = self;
+        let Self { mut running, t0, begun, begin, arm, device_state, drafts, at_t0 } = self;
         let shared = Arc::clone(&running.shared);
         let mut state = shared.lock();
         while !state.is_written() && state.cause().is_none() {
@@ -446,6 +449,7 @@ impl Live {
             dirty.committed(at_t0, image.snapshot);
         }
         Ok(Report {
+            t0,
             begin,
             arm,
             capture,

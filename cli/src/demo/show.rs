@@ -51,6 +51,14 @@ pub(super) fn write(demo: &Demo, seen: &Seen, out: &mut Out) -> Result<(), Failu
         time(report.total),
         report.pages_zero
     )?;
+    let costs = report.costs();
+    writeln!(
+        out,
+        "or else   stopped for {}; or copied ahead of the pause: {} pages, a pause of {} (estimates)",
+        time(costs.stopped.pause),
+        costs.precopy.pages,
+        time(costs.precopy.pause)
+    )?;
     writeln!(out, "\nwhat the writers noticed")?;
     let stalls = format!(">stalls of {} and more", time(SLOW));
     let mut columns = Columns::new(["snapshot", ">time", ">writes a second", &stalls, ">longest write"]);

@@ -24,6 +24,8 @@ pub(crate) struct Outcome {
     /// Pages copied before T0, and how often all of them were gone through (pre-copy).
     pub(crate) draft_pages: u64,
     pub(crate) draft_passes: u32,
+    /// What it costs in each mode: the one it was made in measured, the others estimated.
+    pub(crate) costs: Costs,
     /// The increments on this snapshot.
     pub(crate) chain: Vec<Increment>,
     pub(crate) pages_zero: u64,
@@ -49,6 +51,21 @@ pub(crate) struct Outcome {
     pub(crate) guest_self_check: SelfCheck,
     /// The guest that was snapshotted checked itself, too.
     pub(crate) source_self_check: SelfCheck,
+}
+
+/// As in the report of a snapshot.
+#[derive(Serialize, Default)]
+pub(crate) struct Costs {
+    pub(crate) stopped: Cost,
+    pub(crate) background: Cost,
+    pub(crate) precopy: Cost,
+}
+
+#[derive(Serialize, Default)]
+pub(crate) struct Cost {
+    pub(crate) pause_us: u64,
+    pub(crate) waiting_us: u64,
+    pub(crate) pages: u64,
 }
 
 /// One increment, verified against its own T0.

@@ -12,7 +12,7 @@ use ramshot_tests::snapshot_run::{RestoreMode, Running};
 use ramshot_tests::{Accel, Gaps, Guest, GuestConfig, Memory, Workload, new_guest, snapshot_run, verify};
 
 use crate::options::{Arm, Mode, Options};
-use crate::outcome::{Again, GuestRate, Increment, Outcome, Restore, SelfCheck, Stall};
+use crate::outcome::{Again, Cost, Costs, GuestRate, Increment, Outcome, Restore, SelfCheck, Stall};
 
 /// How long the guest's rate is watched before and after.
 const WATCH: Duration = Duration::from_millis(300);
@@ -141,6 +141,9 @@ impl<'a> Source<'a> {
         outcome.pages_captured = report.counts.released;
         outcome.dirty_pages = report.counts.total;
         (outcome.draft_pages, outcome.draft_passes) = (report.drafts.pages, report.drafts.passes);
+        let costs = report.costs();
+        outcome.costs =
+            Costs { stopped: cost(costs.stopped), background: cost(costs.background), precopy: cost(costs.precopy) };
         outcome.write_faults = report.counts.faults;
         outcome.pages_by_fault = report.counts.by_fault;
         outcome.bytes_written = report.image.written_bytes;
@@ -347,4 +350,8 @@ impl Drop for Target {
             (1..).map(|number| self.increment(number)).find(|path| std::fs::remove_file(path).is_err());
         }
     }
+}
+
+fn cost(cost: ramshot::Cost) -> Cost {
+    Cost { pause_us: micros(cost.pause), waiting_us: micros(cost.waiting), pages: cost.pages }
 }
