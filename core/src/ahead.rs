@@ -82,9 +82,13 @@ where
             return Some(HostRange::new(HostAddr(at.0 & !(block.page_size - 1)), block.page_size));
         };
         let want = self.around.max(self.table.granule_pages(index));
-        let run = window(page, want, block.host, self.table.block_run(index));
+        let near = window(page, want, block.host, self.table.block_run(index));
+        self.written.insert(near);
+        // What was never protected need not be opened: KVM drops its mapping of all that is released, protected or not.
+        let unit = self.table.granule_pages(index);
+        let alone = || window(page, unit, block.host, self.table.block_run(index));
+        let run = self.pending.run_around(page, near).filter(|run| run.pages > unit).unwrap_or_else(alone);
         self.open.insert(run);
-        self.written.insert(run);
         self.table.host_range(run)
     }
 
@@ -153,7 +157,12 @@ where
         self.open.count().saturating_mul(PAGE_SIZE)
     }
 
-    /// The next run that was written to and holds `from`, or begins after it.
+    /// Pages around which was written, in neighbourhoods.
+    pub fn written(&self) -> u64 {
+        self.written.count()
+    }
+
+    /// The next run around which was written that holds `from`, or begins after it.
     pub fn next_written(&self, from: PageId) -> Option<Run> {
         let page = self.written.next_set(from)?;
         self.written.run_around(page, self.table.block_run(self.table.block_of(page)?))
@@ -237,6 +246,17 @@ mod tests {
         assert_eq!(absent(&ahead), [(0, 4), (12, 8), (24, 2), (30, 2)]);
         ahead.found(host(12, 8));
         assert_eq!(absent(&ahead), [(0, 4), (24, 2), (30, 2)]);
+    }
+
+    #[test]
+    fn a_page_that_is_protected_alone_is_opened_alone() {
+        let table = table();
+        let mut ahead = ahead(&table);
+        ahead.protecting(host(9, 1));
+        ahead.protecting(host(16, 3));
+        assert_eq!(ahead.handle_fault(HostAddr(BASE + 9 * PAGE_SIZE)), Some(host(9, 1)));
+        assert_eq!(ahead.handle_fault(HostAddr(BASE + 17 * PAGE_SIZE)), Some(host(16, 3)));
+        assert_eq!((ahead.written(), ahead.open_bytes()), (8, 4 * PAGE_SIZE), "the neighbourhood counts as written");
     }
 
     #[test]

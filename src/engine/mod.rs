@@ -244,7 +244,7 @@ impl Prepared {
     ///
     /// If the image goes through the page cache (or a tmpfs) and the guest writes to more memory than the pool holds, room is
     /// made in the image for what it writes to, at most 512 MiB: that takes 0.35 ms per MiB more here, and shortens the
-    /// time for which such a guest stands still after T0 by a third. A guest that writes to less is watched for 2 ms.
+    /// time for which such a guest stands still after T0 by a quarter to a third. A guest that writes to less is watched for 2 ms.
     ///
     /// # Errors
     /// Memory could not be protected. Everything is undone.

@@ -7,6 +7,7 @@ use std::time::Duration;
 
 use ramshot_core::{BlockIndex, Cause, HostAddr, HostRange, PAGE_SIZE, PageId, Run, Treatment};
 
+use super::arm::Ahead;
 use super::shared::{Phase, Shared, State};
 use super::{HUGE_PAGE, arm};
 use crate::sink::ImageSink;
@@ -38,28 +39,28 @@ pub(crate) fn make(shared: &Shared, pool: u64) -> Result<(), Cause> {
             watch(shared, index)?;
         }
     }
-    let mut open = 0;
+    let mut written = 0;
     for _ in 0..WATCHES {
         pause(WATCH);
-        let now = open_pages(&shared.lock())?;
-        if now <= open + open / 8 {
+        let now = written_pages(&shared.lock())?;
+        if now <= written + written / 8 {
             break;
         }
-        open = now;
+        written = now;
     }
-    if open <= pool {
+    if written <= pool {
         return Ok(());
     }
     let mut state = shared.lock();
     let (mut from, mut left) = (PageId(0), MOST);
-    while let Some(run) = state.ahead.as_ref().and_then(|ahead| ahead.next_open(from)).filter(|_| left > 0) {
+    while let Some(run) = state.ahead.as_ref().and_then(|ahead| ahead.next_written(from)).filter(|_| left > 0) {
         // The run may have begun before.
         let first = run.first.max(from);
         let pages = (run.end().0 - first.0).min(left).min(PIECE);
         state.room.wanted.push_back(Run::new(first, pages));
         (from, left) = (PageId(first.0 + pages), left - pages);
     }
-    log::debug!(target: "ramshot::snapshot", "the guest writes to {open} pages: room for {} of them", MOST - left);
+    log::debug!(target: "ramshot::snapshot", "the guest writes to {written} pages: room for {} of them", MOST - left);
     shared.wake_all();
     while state.room.makers > 0 || !state.room.wanted.is_empty() && state.cause().is_none() {
         state = shared.wait_for_end(state);
@@ -88,9 +89,9 @@ fn watch(shared: &Shared, index: BlockIndex) -> Result<(), Cause> {
     Ok(())
 }
 
-fn open_pages(state: &State) -> Result<u64, Cause> {
-    let open = state.ahead.as_ref().map_or(0, |ahead| ahead.open_bytes() / PAGE_SIZE);
-    state.cause().map_or(Ok(open), Err)
+fn written_pages(state: &State) -> Result<u64, Cause> {
+    let written = state.ahead.as_ref().map_or(0, Ahead::written);
+    state.cause().map_or(Ok(written), Err)
 }
 
 /// A piece of it, for a writer: [`make_piece`].

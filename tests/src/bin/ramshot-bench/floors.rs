@@ -17,7 +17,7 @@ use crate::metric::{Sample, medians};
 use crate::num::{float, millis};
 use crate::options::Target;
 use crate::ours::{OurGuest, WATCH, lost, stalls};
-use crate::stats::Result;
+use crate::stats::{Result, SHORT_US, STALL_US};
 
 /// Bytes copied and written at a time: still in the cache when copied, large for a write.
 const PIECE: u64 = 2 << 20;
@@ -37,7 +37,7 @@ pub(crate) fn of_guest(guest: &OurGuest, working_set: u64, busy: bool, runs: u32
         // What is stopped while its working set is copied loses that much.
         sample.insert("lost_ms", millis(copying) * float(working_set) / float(bytes));
         if busy {
-            sample.insert("refault_ms", refaults(guest)?);
+            refaults(guest, &mut sample)?;
         }
         samples.push(sample);
     }
@@ -46,18 +46,21 @@ pub(crate) fn of_guest(guest: &OurGuest, working_set: u64, busy: bool, runs: u32
 
 /// What the guest loses when all of its memory is protected and released again inside a pause: its first write to each
 /// page then costs a second-level fault, which KVM serves alone. No snapshot by write protection can cost less.
-fn refaults(guest: &OurGuest) -> Result<f64> {
+fn refaults(guest: &OurGuest, sample: &mut Sample) -> Result<()> {
     let stats = guest.stats()?;
     let (before, _) = stats.rate_before(WATCH, false)?;
     let tracker = Tracker::open(Arc::clone(&guest.ram), &TrackerOptions::default())?;
     guest.guest.pause()?;
     let armed = protect_all(&guest.ram, &tracker);
     tracker.disarm()?;
+    stats.ask_reset()?;
     let (writes, start) = (stats.writes()?, Instant::now());
     guest.guest.resume()?;
     armed?;
     std::thread::sleep(WATCH);
-    Ok(lost(start.elapsed(), stats.writes()? - writes, before))
+    sample.insert("refault_ms", lost(start.elapsed(), stats.writes()? - writes, before));
+    sample.insert("short_ms", stats.gaps()?.sum_ms(SHORT_US, STALL_US));
+    Ok(())
 }
 
 /// One protecting ioctl per block, without looking what is there.

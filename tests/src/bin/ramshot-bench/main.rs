@@ -163,6 +163,22 @@ fn peer(options: &Options, boot: &Boot, khz: u64) -> Result<Vec<PeerResult>> {
     Ok(peers)
 }
 
+/// What is told of each run as it ends: what, metric, digits, unit.
+const PROGRESS: &[(&str, &str, usize, &str)] = &[
+    ("prepare", "prepare_ms", 0, " ms"),
+    ("pause", "pause_ms", 2, " ms"),
+    ("total", "total_ms", 0, " ms"),
+    ("faults", "faults", 0, ""),
+    ("stall p50", "stall_p50_us", 0, " us"),
+    ("gap", "gap_ms", 2, " ms"),
+    ("while arming", "arming_gap_ms", 2, " ms"),
+    ("lost", "lost_ms", 0, " ms"),
+    ("stalled", "stalled_ms", 0, " ms"),
+    ("short gaps", "short_ms", 0, " ms"),
+    ("load", "load", 1, ""),
+    ("others", "others_percent", 0, " %"),
+];
+
 /// One snapshot that does not count (fresh page cache, cold code), then those that do, and the plot of the last one.
 fn repeat(
     name: &str,
@@ -177,23 +193,11 @@ fn repeat(
         let others = machine::OthersMeter::start(peer)?;
         let (mut sample, of_run) = once()?;
         sample.insert("others_percent", others.percent()?);
-        let of = |key: &str| sample.get(key).copied().unwrap_or(f64::NAN);
-        eprintln!(
-            "{name} {}: prepare {:.0} ms, pause {:.2} ms, total {:.0} ms, faults {:.0}, stall p50 {:.0} us, gap {:.2} ms, lost {:.1} ms (stalled {:.1}, short gaps {:.1}; gap while arming {:.2}), load {:.1}, others {:.0} %",
-            if run == 0 { "warm-up".to_owned() } else { format!("run {run}") },
-            of("prepare_ms"),
-            of("pause_ms"),
-            of("total_ms"),
-            of("faults"),
-            of("stall_p50_us"),
-            of("gap_ms"),
-            of("lost_ms"),
-            of("stalled_ms"),
-            of("short_ms"),
-            of("arming_gap_ms"),
-            of("load"),
-            of("others_percent"),
-        );
+        let told = PROGRESS.iter().filter_map(|&(what, key, digits, unit)| {
+            sample.get(key).map(|value| format!("{what} {value:.digits$}{unit}"))
+        });
+        let run_name = if run == 0 { "warm-up".to_owned() } else { format!("run {run}") };
+        eprintln!("{name} {run_name}: {}", told.collect::<Vec<_>>().join(", "));
         if run > 0 {
             samples.push(sample);
             trace = Some(of_run);

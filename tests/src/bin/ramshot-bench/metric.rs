@@ -46,6 +46,10 @@ pub(crate) const METRICS: &[Metric] = &[
     shown("rate_after", 1, "after", 1e3, 2),
     // vCPU time for which the guest did not work, from the first call to 100 ms after the image was complete.
     shown("lost_ms", 1, "lost ms", 1.0, 1),
+    // Of it, what the guest stood still after the resume: stalls, and gaps from `stats::SHORT_US` to `stats::STALL_US`, which are
+    // second-level faults that KVM serves alone. A rate that drifts by itself does not move them.
+    shown("stalled_ms", 1, "stalled", 1.0, 1),
+    shown("short_ms", 1, "short", 1.0, 1),
     // A floor only: the same when all is protected and released at once, no page by page, nothing copied.
     shown("refault_ms", 1, "refault", 1.0, 1),
     shown("huge_before_mib", 1, "huge MiB", 1.0, 0),
@@ -56,9 +60,6 @@ pub(crate) const METRICS: &[Metric] = &[
     shown("load", 1, "load", 1.0, 1),
     // CPU time used by other processes during the run, in percent of one CPU.
     shown("others_percent", 1, "others %", 1.0, 0),
-    // What stalls and short gaps after the resume add up to: of the lost work, what the guest stood still.
-    hidden("stalled_ms"),
-    hidden("short_ms"),
     hidden("stalls"),
     // Gaps from `stats::SHORT_US` to `stats::STALL_US`: second-level faults, which KVM serves alone.
     hidden("short_gaps"),
