@@ -92,6 +92,23 @@ where
         self.table.host_range(run)
     }
 
+    /// The next open run at or after `from` that can be [protected](Self::protecting) once more while the guest runs: what was there
+    /// when it was protected before. What was not may be written to without a fault (before Linux 6.4 a page that is not there
+    /// cannot be protected); it stays open until T0.
+    pub fn next_again(&self, from: PageId) -> Option<Run> {
+        let mut at = from;
+        loop {
+            let page = self.open.next_set(at)?;
+            let known = self.pending.next_set(page)?;
+            if known == page {
+                let open = self.open.run_around(page, self.table.block_run(self.table.block_of(page)?))?;
+                let run = self.pending.run_around(page, open)?;
+                return Some(Run::new(page, run.end().0 - page.0));
+            }
+            at = known;
+        }
+    }
+
     /// `range` is losing its content, and its protection with it.
     pub fn handle_discarded(&mut self, range: HostRange) {
         for run in self.table.runs_in(range) {

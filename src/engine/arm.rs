@@ -61,7 +61,7 @@ fn ahead_again(shared: &Shared) -> Result<(), Cause> {
     while now > LEFT_OPEN && now <= before / 2 {
         let mut from = PageId(0);
         loop {
-            let run = shared.lock().ahead.as_ref().and_then(|ahead| ahead.next_open(from));
+            let run = shared.lock().ahead.as_ref().and_then(|ahead| ahead.next_again(from));
             let Some(run) = run else { break };
             from = run.end();
             let range = shared.table.host_range(run);

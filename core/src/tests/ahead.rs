@@ -25,6 +25,8 @@ enum Mistake {
     T0DoesNotWait,
     /// What is protected again counts as open no more while a release is under way.
     ProtectingDoesNotWait,
+    /// What was never there is taken for protected, like what is protected once more around it.
+    AgainTakesAll,
     /// A discard's event is read, and core does not hear of it.
     DiscardIgnored,
 }
@@ -37,6 +39,10 @@ struct Setup {
     writes: [&'static [usize]; 2],
     discard: Option<(usize, usize)>,
     around: u64,
+    /// Pages that are not there can be protected (Linux 6.4).
+    unpopulated: bool,
+    /// Pages that are opened together, whether they are there or not.
+    granule: u64,
 }
 
 #[derive(Clone, PartialEq, Eq, Hash)]
@@ -47,6 +53,10 @@ enum Armer {
     Found(Pass),
     /// Next: protects this page, if it was found.
     Protecting(usize, Pass),
+    /// Next: what is open from this page on counts as open no more, as soon as nobody releases.
+    Opened(PageId),
+    /// Next: protects these pages once more.
+    Again(u64, u64),
     Done,
 }
 
@@ -121,7 +131,7 @@ impl World<'_> {
         let mut steps = Vec::new();
         match self.armer {
             Armer::Done => {}
-            Armer::Found(_) if self.is_releasing() && mistake != Mistake::ProtectingDoesNotWait => {}
+            Armer::Found(_) | Armer::Opened(_) if self.is_releasing() && mistake != Mistake::ProtectingDoesNotWait => {}
             _ => steps.push(Step::Arm),
         }
         for (vcpu, &(done, blocked)) in self.vcpus.iter().enumerate() {
@@ -154,7 +164,7 @@ impl World<'_> {
 
     fn take(&mut self, setup: &Setup, mistake: Mistake, step: Step) {
         match step {
-            Step::Arm => self.arm(),
+            Step::Arm => self.arm(setup, mistake),
             Step::Write(vcpu) => {
                 let target = setup.writes[vcpu][self.vcpus[vcpu].0];
                 if self.protected[target] {
@@ -206,7 +216,11 @@ impl World<'_> {
         }
     }
 
-    fn arm(&mut self) {
+    fn protect(&mut self, setup: &Setup, at: usize) {
+        self.protected[at] |= setup.unpopulated || self.there[at];
+    }
+
+    fn arm(&mut self, setup: &Setup, mistake: Mistake) {
         self.armer = match self.armer.clone() {
             Armer::Looking(at, mut pass) if at < PAGES => {
                 pass.found[at] = self.there[at] && (pass.all || at % 2 == 0);
@@ -220,14 +234,30 @@ impl World<'_> {
                 Armer::Protecting(0, pass)
             }
             Armer::Protecting(at, pass) if at < PAGES => {
-                // Pages that are gone meanwhile get their protection all the same (WP_UNPOPULATED).
-                self.protected[at] |= pass.found[at];
+                if pass.found[at] {
+                    self.protect(setup, at);
+                }
                 Armer::Protecting(at + 1, pass)
             }
             Armer::Protecting(_, Pass { all: false, .. }) => {
                 Armer::Looking(0, Pass { all: true, found: [false; PAGES] })
             }
-            Armer::Protecting(..) | Armer::Done => Armer::Done,
+            Armer::Protecting(..) => Armer::Opened(PageId(0)),
+            Armer::Opened(from) => {
+                let next = match mistake {
+                    Mistake::AgainTakesAll => self.ahead.next_open(from),
+                    _ => self.ahead.next_again(from),
+                };
+                next.map_or(Armer::Done, |run| {
+                    self.ahead.protecting(self.ahead.table().host_range(run).unwrap());
+                    Armer::Again(run.first.0, run.pages)
+                })
+            }
+            Armer::Again(first, count) => {
+                (number(first)..number(first + count)).for_each(|at| self.protect(setup, at));
+                Armer::Opened(PageId(first + count))
+            }
+            Armer::Done => Armer::Done,
         };
     }
 
@@ -289,7 +319,8 @@ impl World<'_> {
 /// Goes through every interleaving, T0 at every moment at which it can be. Returns states and transitions, or the
 /// shortest way to something wrong.
 fn explore(setup: &Setup, mistake: Mistake) -> Result<(usize, usize), (String, Vec<Step>)> {
-    let table = table(&[ram(PAGES as u64)]);
+    let mut table = table(&[ram(PAGES as u64)]);
+    table.set_granule(BlockIndex(0), setup.granule * PAGE_SIZE);
     let bitmap = || PageBitmap::new(vec![0; 2], PAGES as u64, true).unwrap();
     let mut there = [false; PAGES];
     setup.there.iter().for_each(|&at| there[at] = true);
@@ -322,11 +353,61 @@ fn explore(setup: &Setup, mistake: Mistake) -> Result<(usize, usize), (String, V
     Ok((seen.len(), transitions))
 }
 
-const WORLDS: [Setup; 4] = [
-    Setup { name: "two vCPUs", there: &[0, 1, 3], writes: [&[0, 2, 1], &[3, 0]], discard: None, around: 1 },
-    Setup { name: "neighbourhoods", there: &[0, 1, 2], writes: [&[1, 3], &[2, 0, 3]], discard: None, around: 2 },
-    Setup { name: "a discard", there: &[0, 1, 2], writes: [&[0, 1, 0], &[2]], discard: Some((0, 2)), around: 1 },
-    Setup { name: "both", there: &[0, 1, 2, 3], writes: [&[1, 0, 1], &[3, 2]], discard: Some((1, 2)), around: 2 },
+const WORLDS: [Setup; 6] = [
+    Setup {
+        name: "two vCPUs",
+        there: &[0, 1, 3],
+        writes: [&[0, 2, 1], &[3, 0]],
+        discard: None,
+        around: 1,
+        unpopulated: true,
+        granule: 1,
+    },
+    Setup {
+        name: "neighbourhoods",
+        there: &[0, 1, 2],
+        writes: [&[1, 3], &[2, 0, 3]],
+        discard: None,
+        around: 2,
+        unpopulated: true,
+        granule: 1,
+    },
+    Setup {
+        name: "a discard",
+        there: &[0, 1, 2],
+        writes: [&[0, 1, 0], &[2]],
+        discard: Some((0, 2)),
+        around: 1,
+        unpopulated: true,
+        granule: 1,
+    },
+    Setup {
+        name: "both",
+        there: &[0, 1, 2, 3],
+        writes: [&[1, 0, 1], &[3, 2]],
+        discard: Some((1, 2)),
+        around: 2,
+        unpopulated: true,
+        granule: 1,
+    },
+    Setup {
+        name: "before Linux 6.4",
+        there: &[0, 2, 3],
+        writes: [&[0, 1], &[3, 1]],
+        discard: None,
+        around: 2,
+        unpopulated: false,
+        granule: 2,
+    },
+    Setup {
+        name: "the same, a discard",
+        there: &[0, 1, 2],
+        writes: [&[1, 3, 0], &[2]],
+        discard: Some((0, 2)),
+        around: 4,
+        unpopulated: false,
+        granule: 2,
+    },
 ];
 
 #[test]
@@ -344,8 +425,13 @@ fn explore_arming_ahead() {
 
 #[test]
 fn explore_arming_ahead_catches_mistakes() {
-    let mistakes =
-        [Mistake::OpenNotedLate, Mistake::T0DoesNotWait, Mistake::ProtectingDoesNotWait, Mistake::DiscardIgnored];
+    let mistakes = [
+        Mistake::OpenNotedLate,
+        Mistake::T0DoesNotWait,
+        Mistake::ProtectingDoesNotWait,
+        Mistake::AgainTakesAll,
+        Mistake::DiscardIgnored,
+    ];
     for mistake in mistakes {
         let caught = WORLDS.iter().find_map(|setup| explore(setup, mistake).err().map(|found| (setup.name, found)));
         match caught {
