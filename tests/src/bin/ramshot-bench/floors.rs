@@ -108,7 +108,7 @@ fn pieces(ram: &GuestRam) -> impl Iterator<Item = HostRange> + '_ {
 
 /// Floors of one target: the same bytes by one thread that does nothing but write them to a fresh file, and `cat` of that
 /// file to another. On a disk the faster of buffered and direct, synced.
-pub(crate) fn of_target(guest: &OurGuest, target: Target, folder: &Path, runs: u32) -> Result<Sample> {
+pub(crate) fn of_target(guest: &OurGuest, target: Target, folder: &Path, busy: bool, runs: u32) -> Result<Sample> {
     let (file, copy) = (folder.join("ramshot-bench.floor"), folder.join("ramshot-bench.cat"));
     let mut samples = Vec::new();
     for _ in 0..runs {
@@ -117,9 +117,25 @@ pub(crate) fn of_target(guest: &OurGuest, target: Target, folder: &Path, runs: u
         guest.guest.resume()?;
         let _ = std::fs::remove_file(&copy);
         let _ = std::fs::remove_file(&file);
-        samples.push(measured?);
+        let mut sample = measured?;
+        if busy {
+            let beside = beside(guest, target, &file);
+            let _ = std::fs::remove_file(&file);
+            sample.insert("beside_ms", beside?);
+        }
+        samples.push(sample);
     }
     Ok(medians(&samples))
+}
+
+/// What the guest loses while the same bytes are written beside it, with nothing protected and nothing consistent: by the
+/// memory and the caches that the two share.
+fn beside(guest: &OurGuest, target: Target, file: &Path) -> Result<f64> {
+    let stats = guest.stats()?;
+    let (before, _) = stats.rate_before(WATCH, false)?;
+    let (writes, start) = (stats.writes()?, Instant::now());
+    write_all(&guest.ram, target, file, target == Target::Disk)?;
+    Ok(lost(start.elapsed(), stats.writes()? - writes, before))
 }
 
 fn one_of_target(guest: &OurGuest, target: Target, file: &Path, copy: &Path) -> Result<Sample> {
@@ -156,7 +172,7 @@ fn write_all(ram: &GuestRam, target: Target, path: &Path, direct: bool) -> Resul
         while done < piece.len {
             let from = (piece.start.0 + done) as *const libc::c_void;
             let (len, offset) = (usize::try_from(piece.len - done)?, libc::off_t::try_from(at + done)?);
-            // SAFETY: a part of a block of guest RAM, which `ram` keeps mapped; the kernel reads it, the guest is stopped.
+            // SAFETY: a part of a block of guest RAM, which `ram` keeps mapped; the kernel reads it.
             let n = unsafe { libc::pwrite(file.as_raw_fd(), from, len, offset) };
             done += u64::try_from(n).map_err(|_| std::io::Error::last_os_error())?;
         }

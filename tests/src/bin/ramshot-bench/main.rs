@@ -103,8 +103,7 @@ fn guest(options: &Options, boot: &Boot) -> Result<Vec<CaseResult>> {
     }
     let ours = OurGuest::boot(boot, !options.arm_inside, options.precopy)?;
     let khz = ours.stats()?.khz();
-    let of_guest =
-        floors::of_guest(&ours, boot.working_set, matches!(boot.load, Load::Seq | Load::Random), FLOOR_RUNS)?;
+    let of_guest = floors::of_guest(&ours, boot.working_set, is_busy(boot), FLOOR_RUNS)?;
     let mut results = Vec::new();
     for &target in &boot.targets {
         results.push(case(options, boot, &ours, target, of_guest.clone())?);
@@ -128,10 +127,15 @@ fn folder(options: &Options, target: Target) -> &PathBuf {
     }
 }
 
+/// Whether its guest writes flat out.
+const fn is_busy(boot: &Boot) -> bool {
+    matches!(boot.load, Load::Seq | Load::Random)
+}
+
 /// One case of ours.
 fn case(options: &Options, boot: &Boot, ours: &OurGuest, target: Target, mut floor: Sample) -> Result<CaseResult> {
     let folder = folder(options, target);
-    floor.extend(floors::of_target(ours, target, folder, FLOOR_RUNS)?);
+    floor.extend(floors::of_target(ours, target, folder, is_busy(boot), FLOOR_RUNS)?);
     if boot.load == Load::Slow && boot.backing != Backing::Thp {
         // The faults, with nothing going on beside them.
         let bare = floors::bare_faults(ours, FAULT_TIME)?;

@@ -52,6 +52,8 @@ pub(crate) const METRICS: &[Metric] = &[
     shown("short_ms", 1, "short", 1.0, 1),
     // A floor only: the same when all is protected and released at once, no page by page, nothing copied.
     shown("refault_ms", 1, "refault", 1.0, 1),
+    // A floor only: the same while the bytes are written beside it by one thread, with nothing protected.
+    shown("beside_ms", 1, "beside", 1.0, 1),
     shown("huge_before_mib", 1, "huge MiB", 1.0, 0),
     shown("huge_after_mib", 1, "after", 1.0, 0),
     shown("cpu_ms", 1, "CPU ms", 1.0, 0),
