@@ -95,7 +95,7 @@ fn at_t0(c: &mut Criterion) {
         }
         b.iter(|| {
             let (mut from, mut runs) = (PageId(0), 0);
-            while let Some(run) = black_box(&ahead).next_open(from) {
+            while let Some(run) = black_box(&ahead).next_unprotected(ahead.there(), from) {
                 from = run.end();
                 runs += 1;
             }

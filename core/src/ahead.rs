@@ -9,24 +9,24 @@ use core::ops::Deref;
 use crate::bitmap::PageBitmap;
 use crate::block::{BlockTable, LayoutError};
 use crate::policy::window;
-use crate::units::{HostAddr, HostRange, PAGE_SIZE, PageId, Run};
+use crate::units::{HostAddr, HostRange, PageId, Run};
 
-/// What is protected before T0, and what has lost its protection since. It lives from the moment the tracker is
-/// registered until T0; arming ahead is optional, without it everything is found at T0.
+/// What is there, and what of it is protected, before T0. It lives from the moment the tracker is registered until T0;
+/// arming ahead is optional, without it everything is found at T0.
 ///
 /// # Invariants
-/// A page that is in `pending` and not in `open` is protected, or is about to be. So at T0, when nobody writes and nobody
-/// lifts protection any more, protecting what is open ([`next_open`](Self::next_open)) and looking at what is not
-/// pending ([`next_absent`](Self::next_absent)) leaves every page that holds something pending and protected.
+/// A page that is in `protected` is protected, or is about to be. So at T0, when nobody writes and nobody lifts protection any
+/// more, looking at what was not there before ([`next_absent`](Self::next_absent)) and protecting what of the snapshot is not
+/// ([`next_unprotected`](Self::next_unprotected)) leaves every page of the snapshot protected.
 ///
-/// A range that was ever discarded is never in `pending` before T0: the kernel announces a discard before it happens, so a
-/// page may be seen, protected, and gone with its protection afterwards.
+/// A range that was ever discarded is neither in `there` nor in `protected` before T0: the kernel announces a discard before it
+/// happens, so a page may be seen, protected, and gone with its protection afterwards.
 #[derive(Debug)]
 #[cfg_attr(test, derive(Clone, PartialEq, Eq))]
 pub struct ArmAhead<T, W> {
     table: T,
-    pending: PageBitmap<W>,
-    open: PageBitmap<W>,
+    there: PageBitmap<W>,
+    protected: PageBitmap<W>,
     written: PageBitmap<W>,
     discarded: PageBitmap<W>,
     around: u64,
@@ -47,24 +47,40 @@ where
         if bits < table.pages() {
             return Err(LayoutError::BitmapTooSmall { bits, pages: table.pages() });
         }
-        let [pending, open, written, discarded] = bitmaps;
-        Ok(Self { table, pending, open, written, discarded, around })
+        let [there, protected, written, discarded] = bitmaps;
+        Ok(Self { table, there, protected, written, discarded, around })
     }
 
     // ---- before T0
 
-    /// `range` holds something and is going to be protected while the guest runs; once more, perhaps.
+    /// `range` holds something; it is not going to be protected for that.
+    pub fn seen(&mut self, range: HostRange) {
+        for run in self.table.runs_in(range) {
+            self.there.insert(run);
+        }
+        self.leave_out_discarded(range);
+    }
+
+    /// `range` holds something and is going to be protected while the guest runs; once more, perhaps. It must have been there
+    /// when somebody looked: before Linux 6.4 a page that is not there cannot be protected.
     ///
-    /// It does not count as open from here on, before it is protected. So nobody may be inside the release of a range that
+    /// It counts as protected from here on, before it is. So nobody may be inside the release of a range that
     /// [`handle_fault`](Self::handle_fault) has returned: that release could come after the protection, unnoticed.
     pub fn protecting(&mut self, range: HostRange) {
         for run in self.table.runs_in(range) {
-            self.pending.insert(run);
-            self.open.remove(run);
+            self.there.insert(run);
+            self.protected.insert(run);
+        }
+        self.leave_out_discarded(range);
+    }
+
+    fn leave_out_discarded(&mut self, range: HostRange) {
+        for run in self.table.runs_in(range) {
             let mut at = run.first;
             while let Some(page) = self.discarded.next_set(at).filter(|&page| run.contains(page)) {
                 let gone = self.discarded.run_around(page, run).unwrap_or(Run::new(page, 1));
-                self.pending.remove(gone);
+                self.there.remove(gone);
+                self.protected.remove(gone);
                 at = gone.end();
             }
         }
@@ -72,8 +88,8 @@ where
 
     /// A writer is blocked at `at`: the range to release at once. `None` if no block has that address.
     ///
-    /// The range counts as open from here on, before it is released: in the other order a page could lose its protection
-    /// unnoticed.
+    /// The range counts as unprotected from here on, before it is released: in the other order a page could lose its
+    /// protection unnoticed.
     pub fn handle_fault(&mut self, at: HostAddr) -> Option<HostRange> {
         let index = self.table.block_at(at)?;
         let block = self.table.block(index)?;
@@ -84,56 +100,52 @@ where
         let want = self.around.max(self.table.granule_pages(index));
         let near = window(page, want, block.host, self.table.block_run(index));
         self.written.insert(near);
-        // What was never protected need not be opened: KVM drops its mapping of all that is released, protected or not.
+        // What is not protected need not be opened: KVM drops its mapping of all that is released, protected or not.
         let unit = self.table.granule_pages(index);
         let alone = || window(page, unit, block.host, self.table.block_run(index));
-        let run = self.pending.run_around(page, near).filter(|run| run.pages > unit).unwrap_or_else(alone);
-        self.open.insert(run);
+        let run = self.protected.run_around(page, near).filter(|run| run.pages > unit).unwrap_or_else(alone);
+        self.protected.remove(run);
         self.table.host_range(run)
-    }
-
-    /// The next open run at or after `from` that can be [protected](Self::protecting) once more while the guest runs: what was there
-    /// when it was protected before. What was not may be written to without a fault (before Linux 6.4 a page that is not there
-    /// cannot be protected); it stays open until T0.
-    pub fn next_again(&self, from: PageId) -> Option<Run> {
-        let mut at = from;
-        loop {
-            let page = self.open.next_set(at)?;
-            let known = self.pending.next_set(page)?;
-            if known == page {
-                let open = self.open.run_around(page, self.table.block_run(self.table.block_of(page)?))?;
-                let run = self.pending.run_around(page, open)?;
-                return Some(Run::new(page, run.end().0 - page.0));
-            }
-            at = known;
-        }
     }
 
     /// `range` is losing its content, and its protection with it.
     pub fn handle_discarded(&mut self, range: HostRange) {
         for run in self.table.runs_in(range) {
             self.discarded.insert(run);
-            self.pending.remove(run);
-            self.open.remove(run);
+            self.there.remove(run);
+            self.protected.remove(run);
         }
     }
 
-    // ---- at T0
+    // ---- before T0 and at T0
 
-    /// The next run at or after `from` that has to be protected again.
-    pub fn next_open(&self, from: PageId) -> Option<Run> {
-        let page = self.open.next_set(from)?;
-        self.open.run_around(page, self.table.block_run(self.table.block_of(page)?))
+    /// The next run of `of` at or after `from` that does not count as protected. Before T0, what of [`there`](Self::there) can be
+    /// [protected](Self::protecting) once more; at T0, what of the snapshot is left to protect.
+    pub fn next_unprotected(&self, of: &PageBitmap<W>, from: PageId) -> Option<Run> {
+        let mut page = of.next_set(from)?;
+        while self.protected.contains(page) {
+            page = of.next_set(PageId(self.protected.first_clear(page.0, u64::MAX)))?;
+        }
+        let run = of.run_around(page, self.table.block_run(self.table.block_of(page)?))?;
+        let end = self.protected.next_set(page).map_or(run.end(), |protected| protected.min(run.end()));
+        Some(Run::new(page, end.0 - page.0))
     }
+
+    /// The pages that hold something, as far as anybody has looked.
+    pub const fn there(&self) -> &PageBitmap<W> {
+        &self.there
+    }
+
+    // ---- at T0
 
     /// The next stretch at or after `from`, inside `within`, that was not there before. What [`found`](Self::found)
     /// reports inside a stretch does not move its end.
     pub fn next_absent(&self, from: PageId, within: Run) -> Option<Run> {
         let mut at = from.0.max(within.first.0);
         while at < within.end().0 {
-            match self.pending.next_set(PageId(at)) {
+            match self.there.next_set(PageId(at)) {
                 Some(page) if page.0 == at => {
-                    at = self.pending.run_around(page, within)?.end().0;
+                    at = self.there.run_around(page, within)?.end().0;
                 }
                 next => {
                     let end = next.map_or(within.end().0, |page| page.0.min(within.end().0));
@@ -144,14 +156,14 @@ where
         None
     }
 
-    /// `range` holds something: it belongs to the snapshot.
+    /// `range` holds something at T0, whatever became of it before.
     pub fn found(&mut self, range: HostRange) {
-        self.table.runs_in(range).for_each(|run| self.pending.insert(run));
+        self.table.runs_in(range).for_each(|run| self.there.insert(run));
     }
 
-    /// The pages of the snapshot, and those that were written while it was armed: they will be written next.
-    pub fn into_pending(self) -> (PageBitmap<W>, PageBitmap<W>) {
-        (self.pending, self.written)
+    /// The pages that are there, and those that were written while it was armed: they will be written next.
+    pub fn into_there(self) -> (PageBitmap<W>, PageBitmap<W>) {
+        (self.there, self.written)
     }
 
     /// Feeds everything that a later decision depends on to `hasher`.
@@ -161,17 +173,12 @@ where
         W: core::hash::Hash,
     {
         use core::hash::Hash;
-        (&self.pending, &self.open, &self.discarded).hash(hasher);
+        (&self.there, &self.protected, &self.discarded).hash(hasher);
     }
 
     #[cfg(test)]
     pub(crate) fn table(&self) -> &BlockTable {
         &self.table
-    }
-
-    /// Bytes to protect again, as it stands.
-    pub fn open_bytes(&self) -> u64 {
-        self.open.count().saturating_mul(PAGE_SIZE)
     }
 
     /// Pages around which was written, in neighbourhoods.
@@ -190,7 +197,7 @@ where
 #[allow(clippy::unwrap_used)]
 mod tests {
     use super::*;
-    use crate::{Backing, BlockIndex, BlockName, GuestAddr, RamBlock, Treatment};
+    use crate::{Backing, BlockIndex, BlockName, GuestAddr, PAGE_SIZE, RamBlock, Treatment};
 
     const BASE: u64 = 0x7000_0000;
 
@@ -217,6 +224,10 @@ mod tests {
         HostRange::new(HostAddr(BASE + page * PAGE_SIZE), pages * PAGE_SIZE)
     }
 
+    fn open(ahead: &ArmAhead<&BlockTable, [u64; 2]>, from: u64) -> Option<(u64, u64)> {
+        ahead.next_unprotected(ahead.there(), PageId(from)).map(|run| (run.first.0, run.pages))
+    }
+
     fn absent(ahead: &ArmAhead<&BlockTable, [u64; 2]>) -> std::vec::Vec<(u64, u64)> {
         let block = ahead.table.block_run(BlockIndex(0));
         let mut from = PageId(0);
@@ -235,15 +246,14 @@ mod tests {
         ahead.protecting(host(0, 48));
         assert_eq!(ahead.handle_fault(HostAddr(BASE + 9 * PAGE_SIZE + 17)), Some(host(8, 4)));
         assert_eq!(ahead.handle_fault(HostAddr(BASE + 12 * PAGE_SIZE)), Some(host(12, 4)));
-        assert_eq!(ahead.open_bytes(), 8 * PAGE_SIZE);
-        assert_eq!(ahead.next_open(PageId(0)), Some(Run::new(PageId(8), 8)));
-        assert_eq!(ahead.next_open(PageId(16)), None);
+        assert_eq!(open(&ahead, 0), Some((8, 8)));
+        assert_eq!(open(&ahead, 16), None);
         assert_eq!(absent(&ahead), []);
         assert_eq!(ahead.next_written(PageId(0)), Some(Run::new(PageId(8), 8)));
         ahead.protecting(host(0, 11));
-        assert_eq!(ahead.next_open(PageId(0)), Some(Run::new(PageId(11), 5)), "protected again");
-        let (pending, hot) = ahead.into_pending();
-        assert_eq!((pending.count(), hot.count()), (48, 8));
+        assert_eq!(open(&ahead, 0), Some((11, 5)), "protected again");
+        let (there, hot) = ahead.into_there();
+        assert_eq!((there.count(), hot.count()), (48, 8));
     }
 
     #[test]
@@ -255,14 +265,12 @@ mod tests {
         ahead.protecting(host(20, 28));
         let _ = ahead.handle_fault(HostAddr(BASE + 24 * PAGE_SIZE));
         ahead.handle_discarded(host(24, 2));
-        assert_eq!(
-            ahead.next_open(PageId(0)),
-            Some(Run::new(PageId(26), 2)),
-            "discarded pages need no protection again"
-        );
+        assert_eq!(open(&ahead, 0), Some((26, 2)), "discarded pages need no protection again");
         assert_eq!(absent(&ahead), [(0, 4), (12, 8), (24, 2), (30, 2)]);
         ahead.found(host(12, 8));
-        assert_eq!(absent(&ahead), [(0, 4), (24, 2), (30, 2)]);
+        ahead.found(host(30, 1));
+        assert_eq!(absent(&ahead), [(0, 4), (24, 2), (31, 1)]);
+        assert_eq!((open(&ahead, 0), open(&ahead, 20)), (Some((12, 8)), Some((26, 2))), "found, not protected yet");
     }
 
     #[test]
@@ -273,7 +281,34 @@ mod tests {
         ahead.protecting(host(16, 3));
         assert_eq!(ahead.handle_fault(HostAddr(BASE + 9 * PAGE_SIZE)), Some(host(9, 1)));
         assert_eq!(ahead.handle_fault(HostAddr(BASE + 17 * PAGE_SIZE)), Some(host(16, 3)));
-        assert_eq!((ahead.written(), ahead.open_bytes()), (8, 4 * PAGE_SIZE), "the neighbourhood counts as written");
+        assert_eq!((open(&ahead, 0), open(&ahead, 10)), (Some((9, 1)), Some((16, 3))));
+        assert_eq!(ahead.written(), 8, "the neighbourhood counts as written");
+    }
+
+    #[test]
+    fn what_is_seen_is_there_and_not_protected() {
+        let table = table();
+        let mut ahead = ahead(&table);
+        ahead.handle_discarded(host(30, 2));
+        ahead.seen(host(0, 48));
+        ahead.protecting(host(8, 4));
+        ahead.protecting(host(28, 4));
+        assert_eq!(absent(&ahead), [(30, 2)]);
+        let mut dirty = PageBitmap::new([0; 2], 48, true).unwrap();
+        [(6, 4), (11, 2), (27, 4)].into_iter().for_each(|(first, pages)| dirty.insert(Run::new(PageId(first), pages)));
+        let mut from = PageId(0);
+        let left: std::vec::Vec<_> = std::iter::from_fn(|| {
+            let run = ahead.next_unprotected(&dirty, from)?;
+            from = run.end();
+            Some((run.first.0, run.pages))
+        })
+        .collect();
+        assert_eq!(left, [(6, 2), (12, 1), (27, 1), (30, 1)], "also what is not there: it is about to be");
+        assert_eq!(
+            ahead.handle_fault(HostAddr(BASE + 4 * PAGE_SIZE)),
+            Some(host(4, 1)),
+            "never protected: opened alone"
+        );
     }
 
     #[test]
@@ -288,6 +323,6 @@ mod tests {
         let mut ahead = ahead(&table);
         assert_eq!(ahead.handle_fault(HostAddr(BASE + 50 * PAGE_SIZE + 1)), Some(host(50, 1)), "unused tail");
         assert_eq!(ahead.handle_fault(HostAddr(1)), None);
-        assert_eq!(ahead.next_open(PageId(0)), None);
+        assert_eq!(open(&ahead, 0), None);
     }
 }

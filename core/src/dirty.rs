@@ -63,6 +63,14 @@ impl<W: AsRef<[u64]> + AsMut<[u64]>> DirtyPages<W> {
         }
     }
 
+    /// Ahead of T0: puts into `pages` what [`begin`](Self::begin) will put into `pending` for certain, unless it is not there by then.
+    pub fn known(&self, drafted: bool, pages: &mut PageBitmap<W>) {
+        pages.insert_all(&self.written);
+        if !drafted {
+            pages.insert_all(&self.owed);
+        }
+    }
+
     /// T0 of a full snapshot that has no draft: it takes everything, whatever was written.
     pub fn begin_full(&mut self) {
         self.settle();

@@ -1,10 +1,12 @@
 //! Arming: ahead of T0 while the guest runs, and at T0.
 
+use heapless::Vec as Array;
 use ramshot_core::{
-    ArmAhead, BlockIndex, BlockTable, Cause, HostAddr, HostRange, PAGE_SIZE, PageBitmap, PageId, RamBlock, Treatment,
+    ArmAhead, BlockIndex, BlockTable, Cause, HostAddr, HostRange, PAGE_SIZE, PageBitmap, PageId, RamBlock, Run,
+    Treatment,
 };
 
-use super::shared::Shared;
+use super::shared::{Shared, State};
 use super::{HUGE_PAGE, zeroed};
 use crate::dirty::{AtT0, DirtyUse, bitmap};
 use crate::sync::Arc;
@@ -27,6 +29,8 @@ const AROUND: u64 = if cfg!(test) { 1 } else { 512 };
 const MERGE: u64 = 12;
 /// Pages that are copied once more after the drafts, if they lie between others: 6 us, and a fault costs 50 to 90.
 pub(crate) const GAPS: u64 = 16;
+/// Protected under one look at what the guest has opened, at most.
+const RANGES: usize = 64;
 /// With more stretches than this to look at in a block, all of it is looked at instead.
 const STRETCHES: usize = 4096;
 
@@ -39,8 +43,7 @@ pub(crate) fn nothing(table: &Arc<BlockTable>) -> Option<Ahead> {
 /// Protects what is there and mapped by small pages, while the guest runs.
 pub(crate) fn ahead(shared: &Shared) -> Result<(), Cause> {
     for (index, block) in shared.table.iter() {
-        // What is mapped by huge pages is armed at T0: that takes 0.1 to 0.2 ms per GiB, less than a fault ahead of it.
-        if block.treatment != Treatment::Tracked || is_huge(shared, index) {
+        if !is_armed_ahead(shared, index, block) {
             continue;
         }
         let mut ranges: Vec<HostRange> = Vec::new();
@@ -51,25 +54,91 @@ pub(crate) fn ahead(shared: &Shared) -> Result<(), Cause> {
         log::trace!(target: "ramshot::snapshot", "arming {} ahead: {} ranges", block.name, ranges.len());
         ranges.into_iter().flat_map(chunks).try_for_each(|chunk| protect_ahead(shared, chunk))?;
     }
-    ahead_again(shared)
+    again(shared, None, LEFT_OPEN)
 }
 
-/// Protects once more what the guest has written to meanwhile, as long as that gets less: so much less is left for the pause.
-fn ahead_again(shared: &Shared) -> Result<(), Cause> {
-    let open = || shared.lock().ahead.as_ref().map_or(0, Ahead::open_bytes);
-    let (mut before, mut now) = (u64::MAX, open());
-    while now > LEFT_OPEN && now <= before / 2 {
-        let mut from = PageId(0);
-        loop {
-            let run = shared.lock().ahead.as_ref().and_then(|ahead| ahead.next_again(from));
-            let Some(run) = run else { break };
-            from = run.end();
-            let range = shared.table.host_range(run);
-            range.into_iter().flat_map(chunks).try_for_each(|chunk| protect_ahead(shared, chunk))?;
+/// Finds what is there, while the guest runs, and protects what of it is certain to be pending at T0: what was written already.
+/// For an increment, and after drafts.
+pub(crate) fn dirty_ahead(shared: &Shared, dirty: &DirtyUse, drafted: bool, gaps: u64) -> Result<(), Cause> {
+    let mut there = bitmap(&shared.table).map_err(Cause::Arm)?;
+    for block in shared.table.blocks().iter().filter(|block| block.treatment != Treatment::Ignored) {
+        let mut ranges: Vec<HostRange> = Vec::new();
+        shared.tracker.populated(block.used_range(), &mut |range| ranges.push(range)).map_err(Cause::Arm)?;
+        ranges.iter().flat_map(|&range| shared.table.runs_in(range)).for_each(|run| there.insert(run));
+        let mut state = shared.lock();
+        if let Some(ahead) = &mut state.ahead {
+            ranges.into_iter().for_each(|range| ahead.seen(range));
         }
-        (before, now) = (now, open());
     }
-    Ok(())
+    let mut known = bitmap(&shared.table).map_err(Cause::Arm)?;
+    dirty.pages(|pages| pages.known(drafted, &mut known));
+    if gaps > 0 {
+        known.fill_gaps(&there, gaps);
+    }
+    for (index, _) in shared.table.iter().filter(|&(index, block)| !is_armed_ahead(shared, index, block)) {
+        known.remove(shared.table.block_run(index));
+    }
+    // What is not there cannot be protected everywhere.
+    known.remove_all_but(&known.clone(), &there);
+    again(shared, Some(&known), 0)
+}
+
+/// What is mapped by huge pages is armed at T0: that takes 0.1 to 0.2 ms per GiB, less than a fault ahead of it.
+fn is_armed_ahead(shared: &Shared, index: BlockIndex, block: &RamBlock) -> bool {
+    block.treatment == Treatment::Tracked && !is_huge(shared, index)
+}
+
+/// Protects what is there and not protected, or not any more because the guest has written to it: of `of`, if that is given. Once
+/// more as long as that gets less than half each time and more than `enough` bytes: so much less is left for the pause.
+fn again(shared: &Shared, of: Option<&PageBitmap<Vec<u64>>>, mut enough: u64) -> Result<(), Cause> {
+    let mut before = u64::MAX;
+    loop {
+        let (mut from, mut left) = (PageId(0), 0);
+        while let Some(run) = next_unprotected(&shared.lock(), of, from) {
+            left += run.bytes();
+            from = run.end();
+        }
+        if left <= enough || left > before / 2 {
+            return Ok(());
+        }
+        (before, enough) = (left, LEFT_OPEN);
+        from = PageId(0);
+        loop {
+            let ranges = protecting(shared, of, &mut from)?;
+            if ranges.is_empty() {
+                break;
+            }
+            merged(ranges.into_iter()).try_for_each(|range| shared.tracker.protect(range).map_err(Cause::Arm))?;
+        }
+    }
+}
+
+fn next_unprotected(state: &State, of: Option<&PageBitmap<Vec<u64>>>, from: PageId) -> Option<Run> {
+    let ahead = state.ahead.as_ref()?;
+    ahead.next_unprotected(of.unwrap_or(ahead.there()), from)
+}
+
+/// The next ranges to protect once more, which count as protected from here on.
+fn protecting(
+    shared: &Shared,
+    of: Option<&PageBitmap<Vec<u64>>>,
+    from: &mut PageId,
+) -> Result<Array<HostRange, RANGES>, Cause> {
+    let (mut ranges, mut bytes) = (Array::new(), 0);
+    let mut state = shared.lock_unopened();
+    if let Some(cause) = state.cause() {
+        return Err(cause);
+    }
+    while let Some(run) = next_unprotected(&state, of, *from).filter(|_| bytes < CHUNK && !ranges.is_full()) {
+        let run = Run::new(run.first, run.pages.min((CHUNK - bytes).div_ceil(PAGE_SIZE)));
+        let Some((range, ahead)) = shared.table.host_range(run).zip(state.ahead.as_mut()) else { break };
+        ahead.protecting(range);
+        // Cannot fail: it is not full.
+        let _ = ranges.push(range);
+        bytes += range.len;
+        *from = run.end();
+    }
+    Ok(ranges)
 }
 
 /// Whether a block is captured in huge pages.
@@ -89,41 +158,11 @@ pub(crate) fn protect_ahead(shared: &Shared, range: HostRange) -> Result<(), Cau
     shared.tracker.protect(range).map_err(Cause::Arm)
 }
 
-/// Finds what is there, while the guest runs, and protects nothing: what an increment needs to know at T0.
-pub(crate) fn look(shared: &Shared) -> Result<(), Cause> {
-    for block in shared.table.blocks().iter().filter(|block| block.treatment != Treatment::Ignored) {
-        let mut ranges: Vec<HostRange> = Vec::new();
-        shared.tracker.populated(block.used_range(), &mut |range| ranges.push(range)).map_err(Cause::Arm)?;
-        let mut state = shared.lock();
-        if let Some(ahead) = &mut state.ahead {
-            ranges.into_iter().for_each(|range| ahead.protecting(range));
-        }
-    }
-    Ok(())
-}
-
 /// Makes everything that is there pending and protected. Nobody writes and nobody lifts protection meanwhile.
 pub(crate) fn at_t0(shared: &Shared, mut ahead: Ahead) -> Result<Armed, Cause> {
-    let table = &shared.table;
-    let protect = |range: HostRange| shared.tracker.protect(range).map_err(Cause::Arm);
-    for (index, block) in table.iter().filter(|(_, block)| block.treatment != Treatment::Ignored) {
-        let ranges = find(shared, &mut ahead, index)?;
-        if block.treatment == Treatment::Tracked {
-            merged(ranges.iter().copied()).try_for_each(protect)?;
-        }
-        log::trace!(
-            target: "ramshot::snapshot",
-            "armed {}: page size {}, host {}, {} ranges", block.name, block.page_size, block.mapping(), ranges.len()
-        );
-    }
-    let mut from = PageId(0);
-    let open = std::iter::from_fn(|| {
-        let run = ahead.next_open(from)?;
-        from = run.end();
-        table.host_range(run)
-    });
-    merged(open).try_for_each(protect)?;
-    Ok(ahead.into_pending())
+    find_all(shared, &mut ahead)?;
+    protect_rest(shared, &ahead, ahead.there())?;
+    Ok(ahead.into_there())
 }
 
 /// Makes pending and protects what the image does not have: the base of an increment, or the drafts. `gaps`: pages that lie in
@@ -136,28 +175,38 @@ pub(crate) fn dirty_at_t0(
     gaps: u64,
 ) -> Result<AtT0, Cause> {
     let table = &shared.table;
-    for (index, _) in table.iter().filter(|(_, block)| block.treatment != Treatment::Ignored) {
-        find(shared, &mut ahead, index)?;
-    }
-    let (there, _) = ahead.into_pending();
+    find_all(shared, &mut ahead)?;
     let mut pending = bitmap(table).map_err(Cause::Arm)?;
-    dirty.pages(|pages| pages.begin(table, &there, drafted, &mut pending));
+    dirty.pages(|pages| pages.begin(table, ahead.there(), drafted, &mut pending));
     if gaps > 0 {
-        pending.fill_gaps(&there, gaps);
+        pending.fill_gaps(ahead.there(), gaps);
     }
-    for (index, block) in table.iter().filter(|(_, block)| block.treatment == Treatment::Tracked) {
-        let whole = table.block_run(index);
+    protect_rest(shared, &ahead, &pending)?;
+    let (there, _) = ahead.into_there();
+    Ok(AtT0 { pending, there, all: false })
+}
+
+/// Protects what of `pending` is not.
+fn protect_rest(shared: &Shared, ahead: &Ahead, pending: &PageBitmap<Vec<u64>>) -> Result<(), Cause> {
+    for (index, block) in shared.table.iter().filter(|(_, block)| block.treatment == Treatment::Tracked) {
+        let whole = shared.table.block_run(index);
         let mut from = whole.first;
         let runs = std::iter::from_fn(|| {
-            let page = pending.next_set(from).filter(|&page| whole.contains(page))?;
-            let run = pending.run_around(page, whole)?;
+            let run = ahead.next_unprotected(pending, from).filter(|run| whole.contains(run.first))?;
             from = run.end();
-            table.host_range(run).map(|range| whole_host_pages(range, block))
+            shared.table.host_range(run).map(|range| whole_host_pages(range, block))
         });
-        merged(runs).try_for_each(|range| shared.tracker.protect(range).map_err(Cause::Arm))?;
+        let (mut calls, mut bytes) = (0u64, 0);
+        merged(runs).try_for_each(|range| {
+            (calls, bytes) = (calls + 1, bytes + range.len);
+            shared.tracker.protect(range).map_err(Cause::Arm)
+        })?;
+        log::trace!(
+            target: "ramshot::snapshot",
+            "armed {}: page size {}, host {}, {bytes} bytes in {calls} ranges", block.name, block.page_size, block.mapping()
+        );
     }
-    log::trace!(target: "ramshot::snapshot", "armed {} dirty pages", pending.count());
-    Ok(AtT0 { pending, there, all: false })
+    Ok(())
 }
 
 /// The kernel protects no less.
@@ -168,13 +217,15 @@ fn whole_host_pages(range: HostRange, block: &RamBlock) -> HostRange {
 }
 
 /// Looks at what was not there before, and notes what is there now.
-fn find(shared: &Shared, ahead: &mut Ahead, index: BlockIndex) -> Result<Vec<HostRange>, Cause> {
-    let mut ranges: Vec<HostRange> = Vec::new();
-    for stretch in stretches(&shared.table, ahead, index) {
-        shared.tracker.populated(stretch, &mut |range| ranges.push(range)).map_err(Cause::Arm)?;
+fn find_all(shared: &Shared, ahead: &mut Ahead) -> Result<(), Cause> {
+    for (index, _) in shared.table.iter().filter(|(_, block)| block.treatment != Treatment::Ignored) {
+        let mut ranges: Vec<HostRange> = Vec::new();
+        for stretch in stretches(&shared.table, ahead, index) {
+            shared.tracker.populated(stretch, &mut |range| ranges.push(range)).map_err(Cause::Arm)?;
+        }
+        ranges.into_iter().for_each(|range| ahead.found(range));
     }
-    ranges.iter().for_each(|&range| ahead.found(range));
-    Ok(ranges)
+    Ok(())
 }
 
 /// The parts of a block that have to be looked at.

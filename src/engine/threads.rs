@@ -120,7 +120,12 @@ impl<'a> FaultServer<'a> {
             }
             self.retry_releases();
             // Whatever frees room, or ends it all, interrupts us.
-            if self.serve(read_at) == Served::AllButNoRoom || self.held.is_empty() {
+            let served = self.serve(read_at);
+            if served == Served::AllButNoRoom {
+                // How long that lasts says nothing about the guest.
+                self.faulted_at = None;
+            }
+            if served == Served::AllButNoRoom || self.held.is_empty() {
                 return true;
             }
             state = self.shared.lock();

@@ -1,5 +1,6 @@
 //! Arming ahead of T0, every interleaving: one thread protects what it has found, vCPUs write, the fault thread lets them
-//! through, the VMM discards, and T0 comes. Then every page that holds something must be pending and protected.
+//! through, the VMM discards, and T0 comes. Then every page that holds something must be there and protected; of an increment,
+//! or after drafts, every page that was written.
 
 use core::hash::{Hash, Hasher};
 use std::{
@@ -27,6 +28,8 @@ enum Mistake {
     ProtectingDoesNotWait,
     /// What was never there is taken for protected, like what is protected once more around it.
     AgainTakesAll,
+    /// What was written and is not there is protected ahead like the rest.
+    AbsentTakenForKnown,
     /// A discard's event is read, and core does not hear of it.
     DiscardIgnored,
 }
@@ -43,6 +46,8 @@ struct Setup {
     unpopulated: bool,
     /// Pages that are opened together, whether they are there or not.
     granule: u64,
+    /// Only what is written belongs to the snapshot: this, as is known before arming, and what follows.
+    dirty: Option<&'static [usize]>,
 }
 
 #[derive(Clone, PartialEq, Eq, Hash)]
@@ -51,6 +56,8 @@ enum Armer {
     Looking(usize, Pass),
     /// Next: core hears of what was found, as soon as nobody releases.
     Found(Pass),
+    /// The same of an increment: it is there, and most of it is not to be protected.
+    Seen(Pass),
     /// Next: protects this page, if it was found.
     Protecting(usize, Pass),
     /// Next: what is open from this page on counts as open no more, as soon as nobody releases.
@@ -96,6 +103,10 @@ struct World<'t> {
     /// How far each vCPU is, and whether it is blocked.
     vcpus: [(usize, bool); 2],
     unread: Vec<usize>,
+    /// What the dirty log says.
+    written: [bool; PAGES],
+    /// What is protected ahead of an increment: what was written before, and is there.
+    known: [bool; PAGES],
 }
 
 #[derive(Clone, Copy, Debug)]
@@ -113,6 +124,12 @@ fn page(number: usize) -> Run {
     Run::new(PageId(number as u64), 1)
 }
 
+fn bitmap(pages: [bool; PAGES]) -> PageBitmap<Vec<u64>> {
+    let mut bitmap = PageBitmap::new(vec![0; 2], PAGES as u64, true).unwrap();
+    (0..PAGES).filter(|&at| pages[at]).for_each(|at| bitmap.insert(page(at)));
+    bitmap
+}
+
 fn number(page: u64) -> usize {
     usize::try_from(page).unwrap()
 }
@@ -122,7 +139,7 @@ impl World<'_> {
         #[allow(deprecated)]
         let mut hasher = core::hash::SipHasher::new();
         self.ahead.key(&mut hasher);
-        (self.there, self.protected, self.vcpus, &self.unread).hash(&mut hasher);
+        (self.there, self.protected, self.vcpus, &self.unread, self.written, self.known).hash(&mut hasher);
         (&self.armer, &self.server, self.discarder).hash(&mut hasher);
         hasher.finish()
     }
@@ -171,7 +188,7 @@ impl World<'_> {
                     self.vcpus[vcpu].1 = true;
                     self.unread.push(target);
                 } else {
-                    self.there[target] = true;
+                    (self.there[target], self.written[target]) = (true, true);
                     self.vcpus[vcpu].0 += 1;
                 }
             }
@@ -203,6 +220,7 @@ impl World<'_> {
                 let start = self.range(first).start;
                 if mistake != Mistake::DiscardIgnored {
                     self.ahead.handle_discarded(HostRange::new(start, count as u64 * PAGE_SIZE));
+                    self.written[first..first + count].fill(true);
                 }
                 self.discarder = Discarder::Read;
             }
@@ -226,7 +244,16 @@ impl World<'_> {
                 pass.found[at] = self.there[at] && (pass.all || at % 2 == 0);
                 Armer::Looking(at + 1, pass)
             }
+            Armer::Looking(_, pass) if setup.dirty.is_some() => Armer::Seen(pass),
             Armer::Looking(_, pass) => Armer::Found(pass),
+            Armer::Seen(pass) => {
+                (0..PAGES).filter(|&at| pass.found[at]).for_each(|at| self.ahead.seen(self.range(at)));
+                self.known = core::array::from_fn(|at| self.written[at] && pass.found[at]);
+                if mistake == Mistake::AbsentTakenForKnown {
+                    self.known = self.written;
+                }
+                Armer::Opened(PageId(0))
+            }
             Armer::Found(pass) => {
                 for at in (0..PAGES).filter(|&at| pass.found[at]) {
                     self.ahead.protecting(self.range(at));
@@ -244,9 +271,11 @@ impl World<'_> {
             }
             Armer::Protecting(..) => Armer::Opened(PageId(0)),
             Armer::Opened(from) => {
+                let known = bitmap(self.known);
+                let of = if setup.dirty.is_some() { &known } else { self.ahead.there() };
                 let next = match mistake {
-                    Mistake::AgainTakesAll => self.ahead.next_open(from),
-                    _ => self.ahead.next_again(from),
+                    Mistake::AgainTakesAll => self.ahead.next_written(from),
+                    _ => self.ahead.next_unprotected(of, from),
                 };
                 next.map_or(Armer::Done, |run| {
                     self.ahead.protecting(self.ahead.table().host_range(run).unwrap());
@@ -289,12 +318,11 @@ impl World<'_> {
             found.extend((number(run.first.0)..number(run.end().0)).filter(|&at| self.there[at]));
             from = run.end();
         }
-        for at in found {
-            self.ahead.found(self.range(at));
-            self.protected[at] = true;
-        }
+        found.into_iter().for_each(|at| self.ahead.found(self.range(at)));
+        let written = bitmap(self.written);
+        let of = if setup.dirty.is_some() { &written } else { self.ahead.there() };
         let mut from = PageId(0);
-        while let Some(run) = self.ahead.next_open(from) {
+        while let Some(run) = self.ahead.next_unprotected(of, from) {
             (number(run.first.0)..number(run.end().0)).for_each(|at| self.protected[at] = true);
             from = run.end();
         }
@@ -302,14 +330,18 @@ impl World<'_> {
         if let Server::Releasing(first, count) = self.server {
             self.release(setup, first, count);
         }
-        let (there, protected) = (self.there, self.protected);
-        let (pending, _) = self.ahead.into_pending();
-        for at in (0..PAGES).filter(|&at| there[at]) {
-            if !pending.contains(PageId(at as u64)) {
-                return Err(format!("page {at} holds something and is not pending"));
+        let all = setup.dirty.is_none();
+        let (there, protected, written) = (self.there, self.protected, self.written);
+        let (known, _) = self.ahead.into_there();
+        for at in 0..PAGES {
+            if there[at] && !known.contains(PageId(at as u64)) {
+                return Err(format!("page {at} holds something and is not there"));
             }
-            if !protected[at] {
-                return Err(format!("page {at} is pending and not protected"));
+            if known.contains(PageId(at as u64)) && !there[at] {
+                return Err(format!("page {at} is there and holds nothing"));
+            }
+            if (all && there[at] || !all && written[at]) && !protected[at] {
+                return Err(format!("page {at} belongs to the snapshot and is not protected"));
             }
         }
         Ok(())
@@ -321,18 +353,20 @@ impl World<'_> {
 fn explore(setup: &Setup, mistake: Mistake) -> Result<(usize, usize), (String, Vec<Step>)> {
     let mut table = table(&[ram(PAGES as u64)]);
     table.set_granule(BlockIndex(0), setup.granule * PAGE_SIZE);
-    let bitmap = || PageBitmap::new(vec![0; 2], PAGES as u64, true).unwrap();
-    let mut there = [false; PAGES];
-    setup.there.iter().for_each(|&at| there[at] = true);
+    let none = || bitmap([false; PAGES]);
+    let set = |pages: &[usize]| core::array::from_fn(|at| pages.contains(&at));
     let first = World {
-        ahead: ArmAhead::new(&table, [bitmap(), bitmap(), bitmap(), bitmap()], setup.around).unwrap(),
-        there,
+        ahead: ArmAhead::new(&table, [none(), none(), none(), none()], setup.around).unwrap(),
+        there: set(setup.there),
         protected: [false; PAGES],
-        armer: Armer::Looking(0, Pass { all: false, found: [false; PAGES] }),
+        // An increment looks at everything at once.
+        armer: Armer::Looking(0, Pass { all: setup.dirty.is_some(), found: [false; PAGES] }),
         server: Server::Idle,
         discarder: Discarder::Waiting,
         vcpus: [(0, false); 2],
         unread: Vec::new(),
+        written: set(setup.dirty.unwrap_or(&[])),
+        known: [false; PAGES],
     };
     let (mut seen, mut transitions) = (HashSet::from([first.key()]), 0);
     let mut queue = VecDeque::from([(first, Vec::new())]);
@@ -353,7 +387,7 @@ fn explore(setup: &Setup, mistake: Mistake) -> Result<(usize, usize), (String, V
     Ok((seen.len(), transitions))
 }
 
-const WORLDS: [Setup; 6] = [
+const WORLDS: [Setup; 9] = [
     Setup {
         name: "two vCPUs",
         there: &[0, 1, 3],
@@ -362,6 +396,7 @@ const WORLDS: [Setup; 6] = [
         around: 1,
         unpopulated: true,
         granule: 1,
+        dirty: None,
     },
     Setup {
         name: "neighbourhoods",
@@ -371,6 +406,7 @@ const WORLDS: [Setup; 6] = [
         around: 2,
         unpopulated: true,
         granule: 1,
+        dirty: None,
     },
     Setup {
         name: "a discard",
@@ -380,6 +416,7 @@ const WORLDS: [Setup; 6] = [
         around: 1,
         unpopulated: true,
         granule: 1,
+        dirty: None,
     },
     Setup {
         name: "both",
@@ -389,6 +426,7 @@ const WORLDS: [Setup; 6] = [
         around: 2,
         unpopulated: true,
         granule: 1,
+        dirty: None,
     },
     Setup {
         name: "before Linux 6.4",
@@ -398,6 +436,7 @@ const WORLDS: [Setup; 6] = [
         around: 2,
         unpopulated: false,
         granule: 2,
+        dirty: None,
     },
     Setup {
         name: "the same, a discard",
@@ -407,6 +446,37 @@ const WORLDS: [Setup; 6] = [
         around: 4,
         unpopulated: false,
         granule: 2,
+        dirty: None,
+    },
+    Setup {
+        name: "an increment",
+        there: &[0, 1, 2],
+        writes: [&[0, 1, 0], &[2, 3]],
+        discard: None,
+        around: 2,
+        unpopulated: true,
+        granule: 1,
+        dirty: Some(&[0, 2]),
+    },
+    Setup {
+        name: "an increment, a discard",
+        there: &[0, 1, 2, 3],
+        writes: [&[1, 0], &[2, 1]],
+        discard: Some((1, 2)),
+        around: 4,
+        unpopulated: true,
+        granule: 1,
+        dirty: Some(&[0, 1, 3]),
+    },
+    Setup {
+        name: "an increment before Linux 6.4",
+        there: &[0, 2],
+        writes: [&[3, 0, 1], &[2, 0]],
+        discard: None,
+        around: 4,
+        unpopulated: false,
+        granule: 1,
+        dirty: Some(&[0, 2, 3]),
     },
 ];
 
@@ -430,6 +500,7 @@ fn explore_arming_ahead_catches_mistakes() {
         Mistake::T0DoesNotWait,
         Mistake::ProtectingDoesNotWait,
         Mistake::AgainTakesAll,
+        Mistake::AbsentTakenForKnown,
         Mistake::DiscardIgnored,
     ];
     for mistake in mistakes {
