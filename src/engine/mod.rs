@@ -193,16 +193,20 @@ fn prepare_sized(parts: Parts, options: &Options, slots: u16, limits: Limits) ->
         state.give_zeros = increment;
         state.written = options.order.clone().map(Written::new);
     }
-    let mut running = Running { shared: Arc::clone(&shared), threads: Vec::new(), sink: Some(Arc::new(sink)) };
-    running.spawn("ramshot-faults", |shared, _| threads::serve_faults(shared))?;
+    let sink = Some(Arc::new(sink));
+    let mut running = Running { shared: Arc::clone(&shared), guard: None, threads: Vec::new(), sink };
+    running.guard = Some(running.spawn("ramshot-faults", threads::serve_faults)?);
     for _ in 0..options.workers {
-        running.spawn("ramshot-scan", |shared, _| threads::scan(shared))?;
+        let thread = running.spawn("ramshot-scan", threads::scan)?;
+        running.threads.push(thread);
     }
     for _ in 0..options.writers {
-        running.spawn("ramshot-write", threads::write)?;
+        let Some(sink) = running.sink.clone() else { break };
+        let thread = running.spawn("ramshot-write", move |shared| threads::write(shared, &sink))?;
+        running.threads.push(thread);
     }
     // A seccomp filter may come next, and a thread sets its priority before it does anything else.
-    shared.wait_until_ready(running.threads.len());
+    shared.wait_until_ready(running.threads.len() + 1);
     log::debug!(target: "ramshot::snapshot", "prepared: {slots} slots of {} pages", limits.slot_pages);
     Ok(Prepared { running, slot_words, slots, limits, increment, drafts: Drafts::default() })
 }
@@ -422,7 +426,7 @@ impl Live {
             state = shared.wait_for_end(state);
         }
         drop(state);
-        running.stop();
+        running.stop_work();
         let mut state = shared.lock();
         if state.cause().is_some() {
             drop(state);
@@ -456,19 +460,10 @@ impl Live {
         if let (Some(dirty), Some(at_t0)) = (&shared.dirty, &at_t0) {
             dirty.committed(at_t0, image.snapshot);
         }
-        Ok(Report {
-            t0,
-            begin,
-            arm,
-            capture,
-            total: begun.elapsed(),
-            counts,
-            drafts,
-            pages_zero,
-            image,
-            fault_service,
-            foreign_faults,
-        })
+        let total = begun.elapsed();
+        // Ending the registration takes 25 to 60 ms per GiB mapped by small pages; the image did not wait for it.
+        running.stop();
+        Ok(Report { t0, begin, arm, capture, total, counts, drafts, pages_zero, image, fault_service, foreign_faults })
     }
 }
 
@@ -560,35 +555,41 @@ impl Handle {
 /// The threads and the sink; dropping it ends the snapshot, whatever state it is in.
 struct Running {
     shared: Arc<Shared>,
+    /// Serves faults, and disarms.
+    guard: Option<thread::JoinHandle<()>>,
+    /// Scan and write.
     threads: Vec<thread::JoinHandle<()>>,
     sink: Option<Arc<Box<dyn ImageSink>>>,
 }
 
 impl Running {
     fn spawn(
-        &mut self,
+        &self,
         name: &str,
-        body: impl FnOnce(&Shared, &Arc<Box<dyn ImageSink>>) + Send + 'static,
-    ) -> Result<(), SetupFailed> {
+        body: impl FnOnce(&Shared) + Send + 'static,
+    ) -> Result<thread::JoinHandle<()>, SetupFailed> {
         let shared = Arc::clone(&self.shared);
-        let Some(sink) = self.sink.clone() else { return Ok(()) };
-        let thread = thread::Builder::new()
-            .name(name.to_owned())
-            .spawn(move || {
-                shared.survive(|| body(&shared, &sink));
-            })
-            .map_err(SetupFailed::Thread)?;
-        self.threads.push(thread);
-        Ok(())
+        let body = move || {
+            shared.survive(|| body(&shared));
+        };
+        thread::Builder::new().name(name.to_owned()).spawn(body).map_err(SetupFailed::Thread)
     }
 
-    /// Stops and joins the threads, and makes sure that nothing is protected. Does nothing the second time.
-    fn stop(&mut self) {
+    /// Tells every thread to leave, and joins those that scan and write. Does nothing the second time.
+    fn stop_work(&mut self) {
         self.shared.lock().stop = true;
         self.shared.wake_all();
         for thread in self.threads.drain(..) {
             // A panic inside has ended the snapshot.
             let _ = thread.join();
+        }
+    }
+
+    /// Joins them all, and makes sure that nothing is protected. Does nothing the second time.
+    fn stop(&mut self) {
+        self.stop_work();
+        if let Some(guard) = self.guard.take() {
+            let _ = guard.join();
         }
         self.shared.disarm();
     }

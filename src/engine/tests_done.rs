@@ -105,6 +105,6 @@ fn every_thread_is_ready_when_it_is_prepared() {
     let mut world = World::new(&SimVm::new(4));
     (world.options.workers, world.options.writers) = (3, 2);
     let prepared = world.prepare();
-    assert_eq!(prepared.running.threads.len(), 6);
+    assert_eq!((prepared.running.threads.len(), prepared.running.guard.is_some()), (5, true));
     assert_eq!(prepared.running.shared.lock().ready, 6);
 }

@@ -325,6 +325,45 @@ pub(crate) fn huge(options: &Options, folder: &Path, figures: &mut Figures) -> R
     Ok(fs::remove_file(path)?)
 }
 
+/// Snapshots of memory of a huge nominal size, of which 1 GiB in its middle is there, mapped by small pages; beside them those of
+/// 1 GiB, all of it there. No guest: what is measured is what the engine does, and nobody writes.
+pub(crate) fn huge_snapshot(options: &Options, folder: &Path, figures: &mut Figures) -> Result<()> {
+    const THERE: u64 = 1 << 30;
+    const TIMES: [&str; 4] = ["prepare_ms", "arm_ms", "pause_ms", "total_ms"];
+    let path = folder.join("nominal.ramshot");
+    for ahead in [true, false] {
+        let mut times: [[Vec<f64>; 4]; 2] = Default::default();
+        for (mem, times) in [options.huge, THERE].into_iter().zip(&mut times) {
+            let memory = Nominal::new(mem)?;
+            memory.fill((mem - THERE) / 2, THERE)?;
+            let ram = Arc::new(memory.ram()?);
+            for n in 0..=options.runs {
+                let start = Instant::now();
+                let prepared = ramshot::prepare(&ram, &path, &settings(None))?;
+                let prepared = if ahead { prepared.arm_ahead()? } else { prepared };
+                let prepare = start.elapsed();
+                let live = prepared.begin(Pending::All, Vec::new())?;
+                let pause = start.elapsed() - prepare;
+                let report = live.finish()?;
+                fs::remove_file(&path)?;
+                if report.counts.total != THERE / PAGE_SIZE {
+                    return Err(format!("{} pages were captured", report.counts.total).into());
+                }
+                if n > 0 {
+                    let took = [prepare, report.arm, pause, report.total];
+                    times.iter_mut().zip(took).for_each(|(times, took)| times.push(ms(took)));
+                }
+            }
+        }
+        let how = if ahead { "armed ahead" } else { "armed in the pause" };
+        let case = format!("{} nominal, 1 GiB there/snapshot, {how}", name(options.huge));
+        for (at, what) in TIMES.into_iter().enumerate() {
+            figures.note(&case, what, &times[0][at], Some(("1 GiB, all of it there", &times[1][at])))?;
+        }
+    }
+    Ok(())
+}
+
 /// Memory that is promised and not there.
 struct Nominal {
     at: *mut libc::c_void,
@@ -354,8 +393,22 @@ impl Nominal {
             treatment: Treatment::Tracked,
             file: None,
         };
-        // SAFETY: the mapping outlives what describes it: both are dropped by `huge`, in that order.
+        // SAFETY: the mapping outlives what describes it: both are dropped by their function, in that order.
         Ok(unsafe { GuestRam::from_regions(vec![region]) }?)
+    }
+
+    /// Has something in every page of a part of it, in small pages.
+    fn fill(&self, from: u64, len: u64) -> Result<()> {
+        let at = self.at(from).cast_mut();
+        // SAFETY: a part of the mapping; advice about how it is backed.
+        if unsafe { libc::madvise(at.cast(), usize::try_from(len)?, libc::MADV_NOHUGEPAGE) } != 0 {
+            return Err(std::io::Error::last_os_error().into());
+        }
+        for offset in (0..usize::try_from(len)?).step_by(4096) {
+            // SAFETY: inside the mapping, which is writable and nobody else's.
+            unsafe { at.wrapping_add(offset).cast::<usize>().write_volatile(offset + 1) };
+        }
+        Ok(())
     }
 
     fn at(&self, offset: u64) -> *const u8 {

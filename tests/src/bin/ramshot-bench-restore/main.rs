@@ -54,6 +54,9 @@ fn bench(options: &Options) -> Result<()> {
     if let Some(why) = kvm_unavailable() {
         return Err(format!("the figures are of a KVM guest, and there is no KVM here: {why}").into());
     }
+    if (1..2 << 30).contains(&options.huge) {
+        return Err("--huge is less than 2G, and 1 GiB of it has to be there: more, or 0 to leave the case out".into());
+    }
     let folder = tempfile::Builder::new().prefix("ramshot-bench-").tempdir_in(&options.out)?;
     let mut figures = Figures::new(options.json.as_deref())?;
     for &mem in &options.mem {
@@ -61,6 +64,7 @@ fn bench(options: &Options) -> Result<()> {
     }
     if options.huge > 0 {
         cases::huge(options, folder.path(), &mut figures)?;
+        cases::huge_snapshot(options, folder.path(), &mut figures)?;
     }
     figures.print();
     Ok(())
