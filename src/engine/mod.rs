@@ -13,9 +13,13 @@ mod tests_dirty;
 #[cfg(all(test, not(ramshot_shuttle)))]
 mod tests_done;
 #[cfg(all(test, not(ramshot_shuttle)))]
+mod tests_end;
+#[cfg(all(test, not(ramshot_shuttle)))]
 mod tests_room;
 #[cfg(all(test, ramshot_shuttle))]
 mod tests_shuttle;
+#[cfg(all(test, not(ramshot_shuttle)))]
+mod tests_threads;
 #[cfg(test)]
 mod tests_world;
 mod threads;

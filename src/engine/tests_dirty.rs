@@ -95,6 +95,20 @@ pub(super) fn precopy_under_writes() {
     assert_eq!(world.take(prepared, Pending::Dirty, &child).counts.total, 7);
 }
 
+/// The guest writes while what it wrote before is being protected, to pages that are among that and to others.
+pub(super) fn armed_ahead_under_writes() {
+    let world = world();
+    let (prepared, image) = world.full();
+    world.take(prepared.precopy(1).unwrap().arm_ahead().unwrap(), Pending::Dirty, &image);
+    let (prepared, child) = world.increment(&image);
+    let vm = Arc::clone(&world.vm);
+    let guest = thread::spawn(move || (0..6).for_each(|n| vm.write(PageId(1 + 4 * (n % 3)), n)));
+    let prepared = prepared.arm_ahead().unwrap();
+    guest.join().unwrap();
+    // Pages 3 to 9, and 1.
+    assert_eq!(world.take(prepared, Pending::Dirty, &child).counts.total, 8);
+}
+
 #[cfg(not(ramshot_shuttle))]
 mod std_only {
     use super::*;
@@ -107,6 +121,27 @@ mod std_only {
     #[test]
     fn precopy_leaves_what_was_written() {
         (0..20).for_each(|_| precopy_under_writes());
+    }
+
+    #[test]
+    fn what_is_written_while_armed_ahead_is_protected_at_t0() {
+        (0..20).for_each(|_| armed_ahead_under_writes());
+    }
+
+    #[test]
+    fn what_was_written_is_protected_ahead_and_nothing_else() {
+        let world = world();
+        let (prepared, image) = world.full();
+        world.take(prepared, Pending::All, &image);
+        let (prepared, child) = world.increment(&image);
+        let prepared = prepared.arm_ahead().unwrap();
+        let write = |page| {
+            let faults = world.vm.counts().faults;
+            world.vm.write(PageId(page), 7);
+            world.vm.counts().faults - faults
+        };
+        assert_eq!([1, 5, 5, 12].map(write), [0, 1, 0, 0], "pages 3 to 9 are");
+        assert_eq!(world.take(prepared, Pending::Dirty, &child).counts.total, 9);
     }
 
     #[test]

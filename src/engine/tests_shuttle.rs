@@ -151,6 +151,11 @@ scenarios! {
         super::tests_dirty::precopy_under_writes();
     }
 
+    /// What is known to be dirty is protected ahead while a vCPU writes.
+    shuttle_dirty_armed_ahead {
+        super::tests_dirty::armed_ahead_under_writes();
+    }
+
     shuttle_finish {
         assert_eq!(run(world(&vm(), 2).begin(), |_| ()), None);
     }
