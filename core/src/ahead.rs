@@ -181,9 +181,9 @@ where
         &self.table
     }
 
-    /// Pages around which was written, in neighbourhoods.
-    pub fn written(&self) -> u64 {
-        self.written.count()
+    /// Pages around which was written while some of them were protected, in neighbourhoods.
+    pub const fn written(&self) -> &PageBitmap<W> {
+        &self.written
     }
 
     /// The next run around which was written that holds `from`, or begins after it.
@@ -282,7 +282,7 @@ mod tests {
         assert_eq!(ahead.handle_fault(HostAddr(BASE + 9 * PAGE_SIZE)), Some(host(9, 1)));
         assert_eq!(ahead.handle_fault(HostAddr(BASE + 17 * PAGE_SIZE)), Some(host(16, 3)));
         assert_eq!((open(&ahead, 0), open(&ahead, 10)), (Some((9, 1)), Some((16, 3))));
-        assert_eq!(ahead.written(), 8, "the neighbourhood counts as written");
+        assert_eq!(ahead.written().count(), 8, "the neighbourhood counts as written");
     }
 
     #[test]

@@ -52,8 +52,17 @@ pub(crate) fn ahead(shared: &Shared) -> Result<(), Cause> {
             continue;
         }
         log::trace!(target: "ramshot::snapshot", "arming {} ahead: {} ranges", block.name, ranges.len());
-        ranges.into_iter().flat_map(chunks).try_for_each(|chunk| protect_ahead(shared, chunk))?;
+        let mut state = shared.lock();
+        if let Some(ahead) = &mut state.ahead {
+            ranges.into_iter().for_each(|range| ahead.seen(range));
+        }
     }
+    // Where the guest is known to write comes last: it would be opened again at once, and KVM would have dropped its mapping for nothing.
+    let mut cold = bitmap(&shared.table).map_err(Cause::Arm)?;
+    if let Some(ahead) = &shared.lock().ahead {
+        cold.insert_all_but(ahead.there(), ahead.written());
+    }
+    pass(shared, Some(&cold))?;
     again(shared, None, LEFT_OPEN)
 }
 
@@ -88,8 +97,8 @@ fn is_armed_ahead(shared: &Shared, index: BlockIndex, block: &RamBlock) -> bool 
     block.treatment == Treatment::Tracked && !is_huge(shared, index)
 }
 
-/// Protects what is there and not protected, or not any more because the guest has written to it: of `of`, if that is given. Once
-/// more as long as that gets less than half each time and more than `enough` bytes: so much less is left for the pause.
+/// Protects what is not protected, or not any more because the guest has written to it: of `of`, or of all that is there. Once more as
+/// long as that gets less than half each time and more than `enough` bytes: so much less is left for the pause.
 fn again(shared: &Shared, of: Option<&PageBitmap<Vec<u64>>>, mut enough: u64) -> Result<(), Cause> {
     let mut before = u64::MAX;
     loop {
@@ -102,14 +111,19 @@ fn again(shared: &Shared, of: Option<&PageBitmap<Vec<u64>>>, mut enough: u64) ->
             return Ok(());
         }
         (before, enough) = (left, LEFT_OPEN);
-        from = PageId(0);
-        loop {
-            let ranges = protecting(shared, of, &mut from)?;
-            if ranges.is_empty() {
-                break;
-            }
-            merged(ranges.into_iter()).try_for_each(|range| shared.tracker.protect(range).map_err(Cause::Arm))?;
+        pass(shared, of)?;
+    }
+}
+
+/// Protects what is there and not protected, once.
+fn pass(shared: &Shared, of: Option<&PageBitmap<Vec<u64>>>) -> Result<(), Cause> {
+    let mut from = PageId(0);
+    loop {
+        let ranges = protecting(shared, of, &mut from)?;
+        if ranges.is_empty() {
+            return Ok(());
         }
+        merged(ranges.into_iter()).try_for_each(|range| shared.tracker.protect(range).map_err(Cause::Arm))?;
     }
 }
 
@@ -263,12 +277,6 @@ fn merged(mut ranges: impl Iterator<Item = HostRange>) -> impl Iterator<Item = H
     })
 }
 
-fn chunks(range: HostRange) -> impl Iterator<Item = HostRange> {
-    (range.start.0..range.end().0)
-        .step_by(usize::try_from(CHUNK).unwrap_or(usize::MAX))
-        .map(move |start| HostRange::new(HostAddr(start), CHUNK.min(range.end().0 - start)))
-}
-
 #[cfg(test)]
 mod tests {
     use super::*;
@@ -283,13 +291,5 @@ mod tests {
         assert_eq!(merged(ranges.into_iter()).collect::<Vec<_>>(), [range(0, 15), range(28, 2)]);
         assert_eq!(merged([].into_iter()).count(), 0);
         assert_eq!(merged([range(9, 1), range(2, 1)].into_iter()).count(), 2, "not ascending: left alone");
-    }
-
-    #[test]
-    fn chunks_cover_a_range_exactly() {
-        let pages = 3 * CHUNK / PAGE_SIZE + 5;
-        let cut: Vec<_> = chunks(range(7, pages)).collect();
-        assert_eq!((cut.len(), cut.last().map(|r| r.len)), (4, Some(5 * PAGE_SIZE)));
-        assert!(cut.windows(2).all(|pair| pair[0].end() == pair[1].start));
     }
 }

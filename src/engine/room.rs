@@ -7,7 +7,6 @@ use std::time::Duration;
 
 use ramshot_core::{BlockIndex, Cause, HostAddr, HostRange, PAGE_SIZE, PageId, Run, Treatment};
 
-use super::arm::Ahead;
 use super::shared::{Phase, Shared, State};
 use super::{HUGE_PAGE, arm};
 use crate::sink::ImageSink;
@@ -90,7 +89,7 @@ fn watch(shared: &Shared, index: BlockIndex) -> Result<(), Cause> {
 }
 
 fn written_pages(state: &State) -> Result<u64, Cause> {
-    let written = state.ahead.as_ref().map_or(0, Ahead::written);
+    let written = state.ahead.as_ref().map_or(0, |ahead| ahead.written().count());
     state.cause().map_or(Ok(written), Err)
 }
 

@@ -4,11 +4,21 @@ use std::collections::BTreeMap;
 use std::ffi::c_int;
 use std::fs;
 use std::ops::Range;
+use std::path::Path;
 use std::time::{Duration, Instant};
 
 use nix::time::{ClockId, clock_gettime};
 
 use crate::stats::Result;
+
+/// Removes the file of the run before. Not long before the next is written: a host that has free memory reported to it takes it back
+/// after two seconds, and then each page costs about twice as much to have again.
+pub(crate) fn make_way(path: &Path) -> Result<()> {
+    match fs::remove_file(path) {
+        Err(error) if error.kind() != std::io::ErrorKind::NotFound => Err(error.into()),
+        _ => Ok(()),
+    }
+}
 
 /// CPU time of this process apart from threads that live on, from `start` to `used`: what threads that came and went,
 /// and this thread, used. Exact: nothing is sampled.

@@ -1,6 +1,5 @@
 //! One snapshot by ramshot, as the guest and the machine saw it.
 
-use std::fs;
 use std::ops::Range;
 use std::path::Path;
 use std::sync::Arc;
@@ -76,9 +75,6 @@ impl OurGuest {
 
     /// Takes one, into a fresh file.
     pub(crate) fn snapshot(&self, path: &Path, options: &ramshot::Options) -> Result<(Sample, Trace)> {
-        if path.exists() {
-            fs::remove_file(path)?;
-        }
         if self.thp {
             machine::collapse(std::process::id(), &self.ranges);
         }
@@ -90,6 +86,7 @@ impl OurGuest {
         let (before, drift) = stats.rate_before(WATCH, self.idle)?;
         let mut history = History::default();
 
+        machine::make_way(path)?;
         if !self.idle {
             stats.reset()?;
         }

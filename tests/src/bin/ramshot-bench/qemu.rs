@@ -220,9 +220,6 @@ impl Qemu {
 
     /// Takes one, into a fresh file.
     pub(crate) fn snapshot(&mut self, method: Method, path: &Path) -> Result<(Sample, Trace)> {
-        if path.exists() {
-            fs::remove_file(path)?;
-        }
         if self.thp {
             machine::collapse(self.child.id(), std::slice::from_ref(&self.ram.host));
         }
@@ -246,6 +243,7 @@ impl Qemu {
         let (before, drift) = stats.rate_before(WATCH, self.idle)?;
         let mut history = History::default();
         stats.collect(&mut history)?;
+        machine::make_way(path)?;
         if !self.idle {
             stats.reset()?;
         }
