@@ -123,7 +123,9 @@ fn pass(shared: &Shared, of: Option<&PageBitmap<Vec<u64>>>) -> Result<(), Cause>
         if ranges.is_empty() {
             return Ok(());
         }
-        merged(ranges.into_iter()).try_for_each(|range| shared.tracker.protect(range).map_err(Cause::Arm))?;
+        // One by one: protecting the gaps between them would leave marks on absent pages where the descriptor was made for that
+        // (UFFD_FEATURE_WP_UNPOPULATED), and at T0 these would look as if something were there.
+        ranges.into_iter().try_for_each(|range| shared.tracker.protect(range).map_err(Cause::Arm))?;
     }
 }
 
