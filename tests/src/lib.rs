@@ -34,6 +34,7 @@ mod kvm;
 #[cfg(target_arch = "x86_64")]
 mod loader;
 mod memory;
+mod scratch;
 pub mod snapshot_run;
 #[cfg(target_arch = "x86_64")]
 mod state;
@@ -52,6 +53,7 @@ pub use guest::{CheckReport, Guest, GuestConfig, GuestError, Talk, Workload};
 #[cfg(target_arch = "x86_64")]
 pub use kvm::{KvmGuest, kvm_unavailable};
 pub use memory::{Backing, HOLE_END, HOLE_START, HUGE_PAGE, Memory, MemoryError, RegionInfo};
+pub use scratch::Scratch;
 pub use stats::{Gaps, GuestStats, RateSlot, VcpuStats};
 pub use threads::ThreadGuest;
 

@@ -9,6 +9,7 @@ use std::path::PathBuf;
 use std::process::ExitCode;
 
 use clap::Parser;
+use ramshot_tests::Scratch;
 
 use self::figure::Figures;
 
@@ -57,7 +58,7 @@ fn bench(options: &Options) -> Result<()> {
     if (1..2 << 30).contains(&options.huge) {
         return Err("--huge is less than 2G, and 1 GiB of it has to be there: more, or 0 to leave the case out".into());
     }
-    let folder = tempfile::Builder::new().prefix("ramshot-bench-").tempdir_in(&options.out)?;
+    let folder = Scratch::new_in(&options.out, "ramshot-bench-")?;
     let mut figures = Figures::new(options.json.as_deref())?;
     for &mem in &options.mem {
         cases::guest(options, mem, folder.path(), &mut figures)?;

@@ -17,12 +17,12 @@ mod table;
 
 use std::error::Error;
 use std::fs::{self, File};
-use std::path::{Path, PathBuf};
+use std::path::Path;
 use std::process::ExitCode;
 use std::time::Duration;
 
 use clap::Parser;
-use ramshot_tests::Backing;
+use ramshot_tests::{Backing, Scratch};
 
 use self::case::Boot;
 use self::metric::Sample;
@@ -120,11 +120,13 @@ fn guest(options: &Options, boot: &Boot) -> Result<Vec<CaseResult>> {
     Ok(results)
 }
 
-fn folder(options: &Options, target: Target) -> &PathBuf {
-    match target {
+/// Where the files of a case go.
+fn scratch(options: &Options, target: Target) -> Result<Scratch> {
+    let folder = match target {
         Target::Tmpfs => &options.tmpfs,
         Target::Disk => &options.out,
-    }
+    };
+    Ok(Scratch::new_in(folder, "ramshot-bench-").map_err(|error| format!("{}: {error}", folder.display()))?)
 }
 
 /// Whether its guest writes flat out.
@@ -134,15 +136,14 @@ const fn is_busy(boot: &Boot) -> bool {
 
 /// One case of ours.
 fn case(options: &Options, boot: &Boot, ours: &OurGuest, target: Target, mut floor: Sample) -> Result<CaseResult> {
-    let folder = folder(options, target);
-    floor.extend(floors::of_target(ours, target, folder, is_busy(boot), FLOOR_RUNS)?);
+    let folder = scratch(options, target)?;
+    floor.extend(floors::of_target(ours, target, folder.path(), is_busy(boot), FLOOR_RUNS)?);
     if boot.load == Load::Slow && boot.backing != Backing::Thp {
         // The faults, with nothing going on beside them.
         let bare = floors::bare_faults(ours, FAULT_TIME)?;
         floor.extend(bare.into_iter().filter(|(key, _)| key.starts_with("stall_")));
     }
-    let path = folder.join(format!("ramshot-bench-{}.ramshot", std::process::id()));
-    let _removed = Removed(&path);
+    let path = folder.path().join("bench.ramshot");
     let settings = options.snapshot();
     let runs = repeat(&boot.case(target), options, None, || ours.snapshot(&path, &settings))?;
     Ok(CaseResult { case: boot.case(target), ours: runs.0, floor, peers: Vec::new(), trace: runs.1 })
@@ -154,8 +155,8 @@ fn peer(options: &Options, boot: &Boot, khz: u64) -> Result<Vec<PeerResult>> {
     if !methods.contains(&Method::PreCopy) {
         eprintln!("==== QEMU {} has no mapped-ram: only its background snapshot", qemu.version()?);
     }
-    let path = folder(options, Target::Tmpfs).join(format!("ramshot-bench-{}.qemu", std::process::id()));
-    let _removed = Removed(&path);
+    let folder = scratch(options, Target::Tmpfs)?;
+    let path = folder.path().join("bench.qemu");
     let (mut peers, pid) = (Vec::new(), Some(qemu.pid()));
     for method in methods {
         let name = format!("{}, QEMU {} {}", boot.case(Target::Tmpfs), qemu.version()?, method.name());
@@ -219,15 +220,6 @@ fn plot(folder: &Path, case: &CaseResult) -> Result<()> {
     let title = format!("Rate of the guest around a live snapshot, {}", case.case);
     let path = folder.join(format!("rate-{}.svg", case.case.replace('/', "-")));
     fs::write(&path, svg::plot(&title, &traces)).map_err(|error| format!("{}: {error}", path.display()).into())
-}
-
-/// A file that is removed at the end.
-struct Removed<'a>(&'a Path);
-
-impl Drop for Removed<'_> {
-    fn drop(&mut self) {
-        let _ = fs::remove_file(self.0);
-    }
 }
 
 #[cfg(target_arch = "x86_64")]

@@ -7,12 +7,12 @@ use std::fs;
 use std::io::{IoSlice, IoSliceMut};
 use std::ops::Range;
 use std::os::unix::process::CommandExt;
-use std::path::{Path, PathBuf};
+use std::path::Path;
 use std::process::{Child, Command, Stdio};
 use std::time::{Duration, Instant};
 
 use ramshot_images::layout::{STATS_ADDRESS, STATS_MAGIC};
-use ramshot_tests::Backing;
+use ramshot_tests::{Backing, Scratch};
 use serde_json::{Value, json};
 
 use crate::case::Boot;
@@ -125,7 +125,8 @@ pub(crate) struct Qemu {
     child: Child,
     qmp: Qmp,
     ram: Ram,
-    folder: PathBuf,
+    /// Its files, as long as it runs.
+    _folder: Scratch,
     thp: bool,
     idle: bool,
 }
@@ -134,7 +135,6 @@ impl Drop for Qemu {
     fn drop(&mut self) {
         let _ = self.child.kill();
         let _ = self.child.wait();
-        let _ = fs::remove_dir_all(&self.folder);
     }
 }
 
@@ -142,9 +142,8 @@ impl Qemu {
     /// Boots the same guest. `tsc_khz`: of this machine.
     pub(crate) fn boot(boot: &Boot, tsc_khz: u64) -> Result<Self> {
         let image = ramshot_images::IMAGE.ok_or(ramshot_images::IMAGE_MISSING)?;
-        let folder = std::env::temp_dir().join(format!("ramshot-bench-{}", std::process::id()));
-        fs::create_dir_all(&folder)?;
-        let (kernel, socket, serial) = (folder.join("guest.elf"), folder.join("qmp"), folder.join("serial"));
+        let folder = Scratch::new_in(&std::env::temp_dir(), "ramshot-bench-")?;
+        let [kernel, socket, serial] = ["guest.elf", "qmp", "serial"].map(|name| folder.path().join(name));
         fs::write(&kernel, image)?;
         let config = boot.config();
         let rate = config.rate.map_or("max".to_owned(), |rate| rate.to_string());
@@ -163,27 +162,30 @@ impl Qemu {
         command.arg("-serial").arg(format!("file:{}", serial.display()));
         command.arg("-qmp").arg(format!("unix:{},server=on,wait=off", socket.display()));
         command.stdin(Stdio::null()).stdout(Stdio::null());
-        if boot.backing == Backing::Anon {
-            // QEMU asks for huge pages and has no option not to; this is inherited.
-            // SAFETY: between fork and exec; one system call that takes numbers.
-            unsafe {
-                command.pre_exec(|| match libc::prctl(libc::PR_SET_THP_DISABLE, 1, 0, 0, 0) {
-                    0 => Ok(()),
-                    _ => Err(std::io::Error::last_os_error()),
-                });
-            }
+        // QEMU asks for huge pages and has no option not to; this is inherited.
+        let small_pages = libc::c_ulong::from(boot.backing == Backing::Anon);
+        // SAFETY: between fork and exec; system calls that take numbers.
+        unsafe {
+            command.pre_exec(move || {
+                // It does not outlive a bench that is killed.
+                if libc::prctl(libc::PR_SET_PDEATHSIG, libc::SIGKILL) != 0
+                    || libc::prctl(libc::PR_SET_THP_DISABLE, small_pages, 0, 0, 0) != 0
+                {
+                    return Err(std::io::Error::last_os_error());
+                }
+                Ok(())
+            });
         }
         let mut child = command.spawn().map_err(|error| format!("{PROGRAM}: {error}"))?;
         match booted(&mut child, &socket, boot.mem) {
             Ok((qmp, ram)) => {
                 let (thp, idle) = (boot.backing == Backing::Thp, boot.load == Load::Idle);
-                Ok(Self { child, qmp, ram, folder, thp, idle })
+                Ok(Self { child, qmp, ram, _folder: folder, thp, idle })
             }
             Err(error) => {
                 let said = fs::read_to_string(&serial).unwrap_or_default();
                 let _ = child.kill();
                 let _ = child.wait();
-                let _ = fs::remove_dir_all(&folder);
                 Err(format!("{PROGRAM}: {error}; its guest said {said:?}").into())
             }
         }

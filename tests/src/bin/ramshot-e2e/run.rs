@@ -9,7 +9,7 @@ use ramshot::file::PageSource;
 use ramshot::restore::order_path;
 use ramshot::{Chain, DirtyTracking, GuestRam, LazyOptions, LazyRestore, Pending, SnapshotFile};
 use ramshot_tests::snapshot_run::{RestoreMode, Running};
-use ramshot_tests::{Accel, Gaps, Guest, GuestConfig, Memory, Workload, new_guest, snapshot_run, verify};
+use ramshot_tests::{Accel, Gaps, Guest, GuestConfig, Memory, Scratch, Workload, new_guest, snapshot_run, verify};
 
 use crate::options::{Arm, Mode, Options};
 use crate::outcome::{Again, Cost, Costs, GuestRate, Increment, Outcome, Restore, SelfCheck, Stall};
@@ -192,13 +192,10 @@ impl Giver<'_> {
         }
         let took_ms = self.compare(&chain, t0, problems)?;
         let order = order_path(path);
-        let settings = LazyOptions { order: Some(order.clone()), ..LazyOptions::default() };
+        let settings = LazyOptions { order: Some(order), ..LazyOptions::default() };
         let mut run = self.run(&chain, &settings, problems)?;
         for _ in 1..self.options.restores {
             run = self.run(&chain, &settings, problems)?;
-        }
-        if self.options.out.is_none() {
-            let _ = std::fs::remove_file(order);
         }
         let (restore, self_check) = run;
         Ok(Given { took_ms, restore, self_check })
@@ -322,33 +319,31 @@ fn millis(duration: Duration) -> f64 {
     duration.as_secs_f64() * 1e3
 }
 
-/// Where the image goes; removed again unless the user named a folder.
+/// Where the images go: a folder that the user named, or one that is removed again.
 struct Target {
     path: PathBuf,
-    keep: bool,
+    _scratch: Option<Scratch>,
 }
 
 impl Target {
     fn new(options: &Options, seed: u64) -> Result<Self> {
-        let keep = options.out.is_some();
-        let folder = options.out.clone().unwrap_or_else(std::env::temp_dir);
-        std::fs::create_dir_all(&folder).map_err(|error| format!("--out {}: {error}", folder.display()))?;
-        let name = format!("e2e-{}-{seed}.ramshot", if keep { 0 } else { std::process::id() });
-        Ok(Self { path: folder.join(name), keep })
+        let (scratch, folder) = match &options.out {
+            Some(folder) => {
+                std::fs::create_dir_all(folder).map_err(|error| format!("--out {}: {error}", folder.display()))?;
+                (None, folder.clone())
+            }
+            None => {
+                let scratch = Scratch::new_in(&std::env::temp_dir(), "ramshot-e2e-")?;
+                let folder = scratch.path().to_owned();
+                (Some(scratch), folder)
+            }
+        };
+        Ok(Self { path: folder.join(format!("e2e-0-{seed}.ramshot")), _scratch: scratch })
     }
 
     /// Where increment `number` goes.
     fn increment(&self, number: u32) -> PathBuf {
         self.path.with_extension(format!("{number}.ramshot"))
-    }
-}
-
-impl Drop for Target {
-    fn drop(&mut self) {
-        if !self.keep {
-            let _ = std::fs::remove_file(&self.path);
-            (1..).map(|number| self.increment(number)).find(|path| std::fs::remove_file(path).is_err());
-        }
     }
 }
 

@@ -14,7 +14,7 @@ use std::sync::PoisonError;
 use std::time::{Duration, Instant, SystemTime};
 
 use clap::Parser;
-use ramshot_tests::{Accel, chaos, kvm_unavailable};
+use ramshot_tests::{Accel, Scratch, chaos, kvm_unavailable};
 
 use self::plan::Plan;
 use self::tally::Tally;
@@ -71,7 +71,7 @@ fn soak(options: &Options) -> Result<bool, Box<dyn Error>> {
         None => SystemTime::now().duration_since(SystemTime::UNIX_EPOCH)?.as_secs(),
     };
     let folder = options.out.clone().unwrap_or_else(std::env::temp_dir);
-    let folder = tempfile::Builder::new().prefix("ramshot-soak-").tempdir_in(folder)?;
+    let folder = Scratch::new_in(&folder, "ramshot-soak-")?;
     let target = folder.path().join("soak.ramshot");
     let start = Instant::now();
     let watched = Watched::new(seed);
