@@ -46,8 +46,7 @@ pub(crate) fn ahead(shared: &Shared) -> Result<(), Cause> {
         if !is_armed_ahead(shared, index, block) {
             continue;
         }
-        let mut ranges: Vec<HostRange> = Vec::new();
-        shared.tracker.populated(block.used_range(), &mut |range| ranges.push(range)).map_err(Cause::Arm)?;
+        let ranges = populated(shared, [block.used_range()])?;
         if ranges.iter().map(|range| range.len).sum::<u64>() < WORTH_IT {
             continue;
         }
@@ -71,8 +70,7 @@ pub(crate) fn ahead(shared: &Shared) -> Result<(), Cause> {
 pub(crate) fn dirty_ahead(shared: &Shared, dirty: &DirtyUse, drafted: bool, gaps: u64) -> Result<(), Cause> {
     let mut there = bitmap(&shared.table).map_err(Cause::Arm)?;
     for block in shared.table.blocks().iter().filter(|block| block.treatment != Treatment::Ignored) {
-        let mut ranges: Vec<HostRange> = Vec::new();
-        shared.tracker.populated(block.used_range(), &mut |range| ranges.push(range)).map_err(Cause::Arm)?;
+        let ranges = populated(shared, [block.used_range()])?;
         ranges.iter().flat_map(|&range| shared.table.runs_in(range)).for_each(|run| there.insert(run));
         let mut state = shared.lock();
         if let Some(ahead) = &mut state.ahead {
@@ -90,6 +88,15 @@ pub(crate) fn dirty_ahead(shared: &Shared, dirty: &DirtyUse, drafted: bool, gaps
     // What is not there cannot be protected everywhere.
     known.remove_all_but(&known.clone(), &there);
     again(shared, Some(&known), 0)
+}
+
+/// Where something is in the ranges of `within`.
+fn populated(shared: &Shared, within: impl IntoIterator<Item = HostRange>) -> Result<Vec<HostRange>, Cause> {
+    let mut ranges = Vec::new();
+    for range in within {
+        shared.tracker.populated(range, &mut |range| ranges.push(range)).map_err(Cause::Arm)?;
+    }
+    Ok(ranges)
 }
 
 /// What is mapped by huge pages is armed at T0: that takes 0.1 to 0.2 ms per GiB, less than a fault ahead of it.
@@ -235,11 +242,7 @@ fn whole_host_pages(range: HostRange, block: &RamBlock) -> HostRange {
 /// Looks at what was not there before, and notes what is there now.
 fn find_all(shared: &Shared, ahead: &mut Ahead) -> Result<(), Cause> {
     for (index, _) in shared.table.iter().filter(|(_, block)| block.treatment != Treatment::Ignored) {
-        let mut ranges: Vec<HostRange> = Vec::new();
-        for stretch in stretches(&shared.table, ahead, index) {
-            shared.tracker.populated(stretch, &mut |range| ranges.push(range)).map_err(Cause::Arm)?;
-        }
-        ranges.into_iter().for_each(|range| ahead.found(range));
+        populated(shared, stretches(&shared.table, ahead, index))?.into_iter().for_each(|range| ahead.found(range));
     }
     Ok(())
 }

@@ -94,31 +94,31 @@ fn take(guest: &dyn Guest, prepared: ramshot::Prepared, pending: Pending) -> Res
 
 /// All of it, against the same bytes read in parallel into the same kind of memory.
 fn eager(world: &World, chain: &Chain, figures: &mut Figures) -> Result<()> {
-    let (mut ours, mut floor) = (Vec::new(), Vec::new());
-    for run in 0..=world.runs {
-        in_place(world.mem)?;
+    let ours = || -> Result<Duration> {
         let memory = Memory::new(world.mem, BACKING)?;
         let ram = GuestRam::from_guest_memory(Arc::clone(memory.guest()))?;
         let start = Instant::now();
         chain.restore_into(ram.table(), &ram, 2)?;
-        let took = ms(start.elapsed());
-        drop((ram, memory));
-        in_place(world.mem)?;
-        let memory = Memory::new(world.mem, BACKING)?;
-        let bare = ms(parallel_read(chain.tip().path(), &memory, world.mem)?);
+        Ok(start.elapsed())
+    };
+    let bare = || parallel_read(chain.tip().path(), &*Memory::new(world.mem, BACKING)?, world.mem);
+    let (mut restored, mut floor) = (Vec::new(), Vec::new());
+    for run in 0..=world.runs {
+        // In turns: the second gets memory that the first gave back, where a host that takes free memory has not taken it yet.
+        let (took, read) = if run % 2 == 0 {
+            let took = ours()?;
+            (took, bare()?)
+        } else {
+            let read = bare()?;
+            (ours()?, read)
+        };
         if run > 0 {
-            ours.push(took);
-            floor.push(bare);
+            restored.push(ms(took));
+            floor.push(ms(read));
         }
     }
     let case = format!("{}/eager", name(world.mem));
-    figures.note(&case, "restore_ms", &ours, Some(("pread of all of it by 2 threads", &floor)))
-}
-
-/// Where this machine is a guest whose host takes free memory back, whoever touches it first waits for the host. Touched and given
-/// back right before, it is in place for what is measured and for its floor alike.
-fn in_place(mem: u64) -> Result<()> {
-    Nominal::new(mem)?.fill(0, mem)
+    figures.note(&case, "restore_ms", &restored, Some(("pread of all of it by 2 threads", &floor)))
 }
 
 /// The flat RAM read into guest memory by two threads, nothing checked.
