@@ -91,7 +91,7 @@ pub(crate) fn dirty_ahead(shared: &Shared, dirty: &DirtyUse, drafted: bool, gaps
 }
 
 /// Where something is in the ranges of `within`.
-fn populated(shared: &Shared, within: impl IntoIterator<Item = HostRange>) -> Result<Vec<HostRange>, Cause> {
+pub(super) fn populated(shared: &Shared, within: impl IntoIterator<Item = HostRange>) -> Result<Vec<HostRange>, Cause> {
     let mut ranges = Vec::new();
     for range in within {
         shared.tracker.populated(range, &mut |range| ranges.push(range)).map_err(Cause::Arm)?;

@@ -71,8 +71,7 @@ pub(crate) fn make(shared: &Shared, pool: u64) -> Result<(), Cause> {
 /// protect them all would cost the guest a second-level fault for each, twice.)
 fn watch(shared: &Shared, index: BlockIndex) -> Result<(), Cause> {
     let Some(block) = shared.table.block(index) else { return Ok(()) };
-    let mut ranges: Vec<HostRange> = Vec::new();
-    shared.tracker.populated(block.used_range(), &mut |range| ranges.push(range)).map_err(Cause::Arm)?;
+    let ranges = arm::populated(shared, [block.used_range()])?;
     if arm::is_huge(shared, index) {
         return ranges.into_iter().try_for_each(|range| arm::protect_ahead(shared, range));
     }
