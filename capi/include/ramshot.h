@@ -455,8 +455,8 @@ int ramshot_prepare_increment(const struct ramshot_ram *ram,
 int ramshot_arm_ahead(struct ramshot_snapshot *snapshot);
 
 // Copies everything into the image while the guest runs and writes on; at most `passes` times (0 is taken for 1). What is
-// written meanwhile is copied again, at T0. For guests that write a lot. Needs options->dirty; to be begun with RAMSHOT_DIRTY. Not
-// together with ramshot_arm_ahead. Takes as long as the writing does.
+// written meanwhile is copied again, at T0. For guests that write little and must not wait for it. Needs options->dirty; to be begun with
+// RAMSHOT_DIRTY. ramshot_arm_ahead belongs after it. Takes as long as the writing does.
 //
 // Returns 0, or why it failed; the snapshot is over then.
 int ramshot_precopy(struct ramshot_snapshot *snapshot,

@@ -1,11 +1,12 @@
 //! One snapshot, from `ramshot_prepare` to `ramshot_finish`.
 
 use std::ffi::{c_char, c_int, c_void};
+use std::path::Path;
 use std::sync::atomic::{AtomicBool, Ordering};
-use std::sync::{Mutex, MutexGuard, OnceLock, PoisonError};
+use std::sync::{Arc, Mutex, MutexGuard, OnceLock, PoisonError};
 
 use ramshot::core::HostRange;
-use ramshot::{Handle, HostAddr, Live, Pending, Prepared, SnapshotFailed};
+use ramshot::{GuestRam, Handle, HostAddr, Live, Pending, PrepareError, Prepared, SnapshotFailed};
 
 use crate::error::{Error, guard};
 use crate::options::{self, Options};
@@ -111,6 +112,30 @@ fn over(call: &str) -> Error {
     Error::invalid(format!("{call}: this snapshot is over, or another call on it is under way; free it"))
 }
 
+type Prepare = fn(&Arc<GuestRam>, &Path, &ramshot::Options) -> Result<Prepared, PrepareError>;
+
+/// # Safety
+/// As of [`pass::get`], [`pass::path`], [`options::convert`] and [`Out::new`].
+unsafe fn prepare(
+    ram: *const Ram,
+    path: *const c_char,
+    options: *const Options,
+    size: usize,
+    snapshot: *mut *mut Snapshot,
+    how: Prepare,
+) -> c_int {
+    guard(|| {
+        // SAFETY: the caller's promise.
+        let out = unsafe { Out::new(snapshot, "snapshot") }?;
+        // SAFETY: the caller's promise.
+        let (ram, path) = unsafe { (pass::get(ram, "ram")?, pass::path(path)?) };
+        // SAFETY: the caller's promise.
+        let options = unsafe { options::convert(options, size) }?;
+        out.give(Snapshot::new(how(&ram.0, path, &options)?));
+        Ok(())
+    })
+}
+
 /// Prepares a snapshot of `ram` into the file `path`: opens and registers a userfaultfd, creates the file (under a name of its own
 /// until it is complete), allocates the pool, starts the threads. The VM runs meanwhile. Belongs before a seccomp filter.
 /// `options` may be NULL; `size` is sizeof *options.
@@ -126,16 +151,8 @@ pub unsafe extern "C" fn ramshot_prepare(
     size: usize,
     snapshot: *mut *mut Snapshot,
 ) -> c_int {
-    guard(|| {
-        // SAFETY: the caller's promise.
-        let out = unsafe { Out::new(snapshot, "snapshot") }?;
-        // SAFETY: the caller's promise.
-        let (ram, path) = unsafe { (pass::get(ram, "ram")?, pass::path(path)?) };
-        // SAFETY: the caller's promise.
-        let options = unsafe { options::convert(options, size) }?;
-        out.give(Snapshot::new(ramshot::prepare(&ram.0, path, &options)?));
-        Ok(())
-    })
+    // SAFETY: the caller's promise.
+    unsafe { prepare(ram, path, options, size, snapshot, |ram, path, options| ramshot::prepare(ram, path, options)) }
 }
 
 /// Prepares an increment: a snapshot that holds what was written since the last one committed with the same options->dirty,
@@ -150,16 +167,10 @@ pub unsafe extern "C" fn ramshot_prepare_increment(
     size: usize,
     snapshot: *mut *mut Snapshot,
 ) -> c_int {
-    guard(|| {
-        // SAFETY: the caller's promise.
-        let out = unsafe { Out::new(snapshot, "snapshot") }?;
-        // SAFETY: the caller's promise.
-        let (ram, path) = unsafe { (pass::get(ram, "ram")?, pass::path(path)?) };
-        // SAFETY: the caller's promise.
-        let options = unsafe { options::convert(options, size) }?;
-        out.give(Snapshot::new(ramshot::prepare_increment(&ram.0, path, &options)?));
-        Ok(())
-    })
+    // SAFETY: the caller's promise.
+    unsafe {
+        prepare(ram, path, options, size, snapshot, |ram, path, options| ramshot::prepare_increment(ram, path, options))
+    }
 }
 
 /// Protects memory ahead of T0, while the guest runs, so that the pause depends on what the guest writes meanwhile and not on
@@ -176,8 +187,8 @@ pub unsafe extern "C" fn ramshot_arm_ahead(snapshot: *mut Snapshot) -> c_int {
 }
 
 /// Copies everything into the image while the guest runs and writes on; at most `passes` times (0 is taken for 1). What is
-/// written meanwhile is copied again, at T0. For guests that write a lot. Needs options->dirty; to be begun with RAMSHOT_DIRTY. Not
-/// together with ramshot_arm_ahead. Takes as long as the writing does.
+/// written meanwhile is copied again, at T0. For guests that write little and must not wait for it. Needs options->dirty; to be begun with
+/// RAMSHOT_DIRTY. ramshot_arm_ahead belongs after it. Takes as long as the writing does.
 ///
 /// Returns 0, or why it failed; the snapshot is over then.
 #[unsafe(no_mangle)]

@@ -128,6 +128,20 @@ mod std_only {
         (0..20).for_each(|_| armed_ahead_under_writes());
     }
 
+    // It belongs after them.
+    #[test]
+    fn armed_ahead_before_the_drafts_is_slow_and_right() {
+        for _ in 0..20 {
+            let world = world();
+            let (prepared, image) = world.full();
+            let vm = Arc::clone(&world.vm);
+            let guest = thread::spawn(move || (0..12).for_each(|n| vm.write(PageId(1 + 4 * (n % 3)), n)));
+            let prepared = prepared.arm_ahead().unwrap().precopy(2).unwrap();
+            guest.join().unwrap();
+            world.take(prepared, Pending::Dirty, &image);
+        }
+    }
+
     #[test]
     fn what_was_written_is_protected_ahead_and_nothing_else() {
         let world = world();
